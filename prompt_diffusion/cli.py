@@ -1,0 +1,229 @@
+"""The command line, ``prompt-diffusion``: every command is one call into the library or a flow."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from prompt_diffusion.evaluation.table import BenchmarkTable
+
+USER_ERROR = 2
+STOPPED = 130
+
+app = typer.Typer(
+    name="prompt-diffusion",
+    help="Prompt Diffusion: one model learns a vision task from an example pair.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+StoreOption = Annotated[str | None, typer.Option("--store", help="Folder or s3:// address; default: the settings'.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def say_errors(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn a user's mistake into one sentence on standard error and exit code 2, an interrupt into exit code 130."""
+
+    @wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, OSError) as error:
+            print(f"prompt-diffusion: {error}", file=sys.stderr)
+            raise typer.Exit(USER_ERROR) from None
+        except KeyboardInterrupt:
+            print("prompt-diffusion: stopped; run the same command to go on", file=sys.stderr)
+            raise typer.Exit(STOPPED) from None
+
+    return wrapped
+
+
+def _parse_overrides(texts: list[str]) -> dict[str, Any]:
+    """Read ``key=value`` pairs, the value as JSON where it is JSON, else as text."""
+    overrides: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set takes KEY=VALUE, such as train.num_steps=100, got {text!r}")
+        try:
+            overrides[key] = json.loads(value)
+        except json.JSONDecodeError:
+            overrides[key] = value
+    return overrides
+
+
+@app.command()
+@say_errors
+def demo(
+    preset: Annotated[str, typer.Option(help="smoke, demo or paper.")] = "demo",
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one field, e.g. train.num_steps=100.")
+    ] = None,
+    store: StoreOption = None,
+) -> None:
+    """Run everything, dataset to table: ingest, annotate, train, baselines, register, benchmark; what is done stays.
+
+    Example: prompt-diffusion demo --set train.num_steps=900
+    """
+    # the flows stand above the library: looked up by name here, where a person asked for one
+    from importlib import import_module
+
+    # a thread that waits sleeps instead of spinning: on a machine that does other things too, spinning costs far more
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    reproduce_here = import_module("flows.embedded").reproduce_here
+    ref = reproduce_here(preset, _parse_overrides(overrides or []), store, Path("outputs/prefect"))
+    from prompt_diffusion.evaluation.table import read_table
+
+    show_table(read_table(ref.uri), as_json=False)
+    print(f"report: {ref.uri}/report.html")
+
+
+def show_table(table: "BenchmarkTable", as_json: bool) -> None:
+    """Print a table as JSON, or for a terminal."""
+    if as_json:
+        print(table.model_dump_json(indent=2))
+        return
+    from prompt_diffusion.evaluation.table import build_rows, describe_measure, name_outcome, name_task
+
+    grid = Table(box=box.SIMPLE_HEAD)
+    grid.add_column("lower is better")
+    for task in table.vision_tasks:
+        grid.add_column(name_task(task).replace(" → ", "\n→ "), justify="right", no_wrap=True)
+    kind = "measured"
+    for row in build_rows(table):
+        if row.kind != kind:
+            grid.add_section()
+            kind = row.kind
+        texts = [f"[bold]{text}[/bold]" if best else text for text, best in zip(row.texts, row.is_best, strict=True)]
+        grid.add_row(row.title, *texts)
+    outcomes = Table(box=box.SIMPLE_HEAD, title="With no text: which map came out", title_justify="left")
+    outcomes.add_column("pair shown")
+    for label in table.in_context.labels:
+        outcomes.add_column(name_outcome(label), justify="right")
+    for label, counts in zip(table.in_context.labels, table.in_context.confusion, strict=True):
+        outcomes.add_row(label.replace("hed", "HED"), *map(str, counts))
+    console = Console(highlight=False)
+    console.print(grid)
+    for measure in sorted({describe_measure(cell) for cell in table.cells}):
+        console.print(f"Measured here: {measure}.")
+    console.print(
+        "The paper's: FID (Inception) and RMSE on InstructPix2Pix at 256 px; its FID compares with no other distance.\n"
+    )
+    console.print(outcomes)
+
+
+@app.command()
+@say_errors
+def table(as_json: JsonOption = False, store: StoreOption = None) -> None:
+    """Print the newest benchmark table.
+
+    Example: prompt-diffusion table --json
+    """
+    from prompt_diffusion.evaluation.table import find_newest_table
+    from prompt_diffusion.settings import load_settings
+
+    show_table(find_newest_table(store or load_settings().store), as_json)
+
+
+@app.command()
+@say_errors
+def manifest(
+    uri: Annotated[str, typer.Argument(help="A sealed folder: {store}/{stage}/{fingerprint}.")],
+    sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet of its images to this PNG file.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a sealed manifest holds.
+
+    Example: prompt-diffusion manifest outputs/store/ingest/0f3a... --sheet pairs.png
+    """
+    from prompt_diffusion.store.describe import describe_manifest, render_contact_sheet
+
+    description = describe_manifest(uri)
+    if as_json:
+        print(description.model_dump_json(indent=2))
+    else:
+        _print_description(description.model_dump(mode="json"))
+    if sheet is not None:
+        sheet.write_bytes(render_contact_sheet(uri))
+        print(f"contact sheet: {sheet}", file=sys.stderr)
+
+
+def _print_description(content: dict[str, Any]) -> None:
+    files = content.pop("files")
+    total = sum(file["bytes"] for file in files)
+    for name, value in content.items():
+        if isinstance(value, dict) and value:
+            print(f"{name}:")
+            for key, inner in value.items():
+                print(f"  {key}: {inner if isinstance(inner, str) else json.dumps(inner)}")
+        elif value:
+            print(f"{name}: {value}")
+    print(f"files: {len(files)}, {total / 1e6:.1f} MB")
+    for file in files[:20]:
+        print(f"  {file['path']}  {file['rows']} rows  {file['bytes']} bytes  sha256 {file['sha256'][:12]}")
+    if len(files) > 20:
+        print(f"  and {len(files) - 20} more")
+
+
+@app.command()
+@say_errors
+def generate(
+    example: Annotated[tuple[Path, Path], typer.Option(help="The example pair: source image, target image.")],
+    query: Annotated[Path, typer.Option(help="The image to do the same to.")],
+    out: Annotated[Path, typer.Option(help="Where to write the result, a PNG file.")],
+    model: Annotated[
+        str, typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION, or a folder.")
+    ] = "models:/prompt-diffusion@challenger",
+    prompt: Annotated[str, typer.Option(help="Text; empty lets the example pair decide alone.")] = "",
+    seed: Annotated[int, typer.Option(help="Seed of the image.")] = 0,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 12,
+    guidance: Annotated[float, typer.Option(help="Guidance weight; 1 is none.")] = 1.0,
+) -> None:
+    """Do to the query what the example pair shows.
+
+    Example: prompt-diffusion generate --example photo.png depth.png --query other.png --out depth-of-other.png
+    """
+    from prompt_diffusion.data.transforms import decode_image, encode_png, resize_image
+
+    images = []
+    for path in (*example, query):
+        try:
+            images.append(decode_image(path.read_bytes()))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    import torch
+
+    import prompt_diffusion
+
+    pipeline = prompt_diffusion.load(model)
+    size = pipeline.unet.config.sample_size * 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    source, target, queried = (resize_image(image, size) for image in images)
+    result = pipeline(
+        prompt,
+        (source, target),
+        queried,
+        guidance_scale=guidance,
+        num_inference_steps=steps,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="uint8",
+    ).images[0]
+    out.write_bytes(encode_png(result))
+    print(f"{out}: {size} x {size} pixels, seed {seed}", file=sys.stderr)
+
+
+def main() -> None:
+    """Run the command line."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # there would be one for each file of weights
+    app()

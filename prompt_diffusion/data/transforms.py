@@ -1,0 +1,110 @@
+"""Pixels in and out: any image file to uint8 RGB, one Lanczos resize, and the value range that the models see."""
+
+import io
+import struct
+import zlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+if TYPE_CHECKING:
+    import torch
+
+Pixels = NDArray[np.uint8]
+
+MAX_PIXELS = 64 * 1024 * 1024
+# What Pillow's decoders raise on damaged data, beside OSError: each format's parser has its own way to stumble.
+_DECODER_ERRORS = (
+    OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, OverflowError, AttributeError, MemoryError,
+    struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+
+
+def decode_image(data: bytes) -> Pixels:
+    """Decode an image file to uint8 RGB (H, W, 3), turned as its EXIF says, alpha over white, 16 bit scaled to 8.
+
+    ValueError, in one sentence, for what is empty, damaged, truncated, animated or larger than 64 megapixels.
+    """
+    if not data:
+        raise ValueError("the image is empty")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            _check_header(image)
+            image.load()
+            return _normalise(ImageOps.exif_transpose(image))
+    except _RefusedImageError:
+        raise
+    except _DECODER_ERRORS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        # Pillow names the buffer's address, which would differ from run to run.
+        reason = "not an image file" if "cannot identify" in reason else reason
+        raise ValueError(f"the image cannot be decoded: {reason}") from error
+
+
+class _RefusedImageError(ValueError):
+    """An intact image that is not taken."""
+
+
+def _check_header(image: Image.Image) -> None:
+    """Refuse by the header alone what must not be decoded."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise _RefusedImageError(f"the image has {width} x {height} pixels, more than {MAX_PIXELS}")
+    # An MPO is a photograph: phones and stereo cameras add a preview or a depth map as a second frame.
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+        raise _RefusedImageError(f"the image is animated or has pages: {getattr(image, 'n_frames', 1)} frames")
+    if image.mode == "F":
+        raise _RefusedImageError("the image has floating-point pixels, whose range is not known")
+
+
+def _normalise(image: Image.Image) -> Pixels:
+    """Return any Pillow mode as uint8 RGB (H, W, 3)."""
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow would clip instead of scaling
+        wide = np.asarray(image).astype(np.int64)
+        if wide.size and (wide.min() < 0 or wide.max() > 65535):
+            raise _RefusedImageError(f"the image has grey values from {wide.min()} to {wide.max()}, beyond 16 bit")
+        grey = ((wide + 128) // 257).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer)
+    return np.array(image.convert("RGB"), dtype=np.uint8)
+
+
+def encode_png(image: Pixels) -> bytes:
+    """Encode uint8 (H, W, 3) as PNG: lossless, and a function of the pixels alone."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"a PNG is made of uint8 (H, W, 3), got {image.dtype} {image.shape}")
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG", compress_level=6)
+    return buffer.getvalue()
+
+
+def resize_image(image: Pixels, size: int) -> Pixels:
+    """Cut the centre square of uint8 (H, W, 3) and resize it once, by Lanczos, to (size, size, 3)."""
+    height, width = image.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = np.ascontiguousarray(image[top : top + side, left : left + side])
+    if side == size:
+        return square
+    return np.array(Image.fromarray(square).resize((size, size), Image.Resampling.LANCZOS), dtype=np.uint8)
+
+
+def to_model_range(images: Pixels) -> "torch.Tensor":
+    """Turn uint8 (N, H, W, 3) into float32 (N, 3, H, W) in [-1, 1]."""
+    import torch
+
+    values = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+    return values.to(torch.float32) / 127.5 - 1.0
+
+
+def from_model_range(images: "torch.Tensor") -> Pixels:
+    """Turn (N, 3, H, W) in [-1, 1] into uint8 (N, H, W, 3), clipped and rounded to nearest."""
+    import torch
+
+    values = ((images.detach().to("cpu", torch.float32) + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    pixels: Pixels = values.permute(0, 2, 3, 1).contiguous().numpy()
+    return pixels

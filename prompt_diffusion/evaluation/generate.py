@@ -1,0 +1,222 @@
+"""Stage "generate": what a model makes of the test split for one vision task, one row an image.
+
+Each image has its own seed, a function of the configured seed, its sample id and its vision task: no image depends on
+the others of its batch, and a run that was killed goes on with the same pictures.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
+
+from prompt_diffusion.data.dataset import InContextData, Sample
+from prompt_diffusion.data.records import Split, generations_table
+from prompt_diffusion.data.transforms import decode_image, encode_png
+from prompt_diffusion.evaluation.config import EvalResources, EvaluateConfig, Method
+from prompt_diffusion.evaluation.models import open_pipeline
+from prompt_diffusion.evaluation.rmse import ImageArray
+from prompt_diffusion.store.fingerprint import StageIdentity
+from prompt_diffusion.store.manifest import ManifestRef, find_sealed, open_manifest
+from prompt_diffusion.store.sharded import ShardRows, run_sharded_stage
+from prompt_diffusion.vision_tasks import ExamplePolicy, find_vision_task
+
+if TYPE_CHECKING:
+    from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
+
+logger = logging.getLogger(__name__)
+
+VERSION: Final = 1
+# Part of what a shard is, so a constant and not a resource: a resumed run must cut the rows as the killed one did.
+SHARD_ROWS: Final = 96
+_SEED_BITS: Final = 63
+
+
+class GenerateConfig(BaseModel):
+    """What is generated."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    vision_task: str
+    """The vision task whose pairs, queries and prompts are shown."""
+    num_samples: int = Field(ge=1)
+    """Rows of the split, from its start."""
+    seed: int = Field(default=0, ge=0)
+    """Root of the images' seeds and of the choice of examples."""
+    num_inference_steps: int = Field(ge=1)
+    """Steps of the sampler."""
+    guidance_scale: float = Field(ge=1.0)
+    """Guidance weight; 1 is no guidance, and then the negative prompt plays no part."""
+    example_policy: ExamplePolicy | None
+    """Where the example pair comes from; None shows no pair."""
+    use_text: bool = True
+    """Whether the prompt is given; without it the text is empty."""
+    is_noise_shared: bool = False
+    """Whether the seed leaves out the vision task, so that runs that differ in the pair alone start from one noise."""
+    prompt_suffix: str = ""
+    """Appended to a prompt that is not empty."""
+    negative_prompt: str = ""
+    """Text of the unconditional branch."""
+    split: Split = "test"
+    """The split that queries come from, and examples too."""
+
+
+def build_generate_config(config: EvaluateConfig, method: Method, vision_task: str) -> GenerateConfig:
+    """Return what one benchmark cell generates; CN(FT) is shown the query alone."""
+    is_map_to_image = find_vision_task(vision_task).direction == "map_to_image"
+    guidance_scale = config.map_to_image_guidance_scale if is_map_to_image else config.image_to_map_guidance_scale
+    steps = config.map_to_image_num_inference_steps if is_map_to_image else config.image_to_map_num_inference_steps
+    return GenerateConfig(
+        vision_task=vision_task,
+        num_samples=config.num_samples,
+        seed=config.seed,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        example_policy=config.example_policy if method == "Prompt Diffusion" else None,
+        prompt_suffix=config.prompt_suffix,
+        negative_prompt=config.negative_prompt,
+        split=config.split,
+    )
+
+
+def identify_generate(
+    config: GenerateConfig, model: ManifestRef, pairs: ManifestRef, maps: Mapping[str, ManifestRef]
+) -> StageIdentity:
+    """Return what the images are a function of; of the maps, only the vision task's own condition counts."""
+    condition = find_vision_task(config.vision_task).condition
+    inputs = {
+        "model": model.fingerprint,
+        "pairs": pairs.fingerprint,
+        f"map:{condition}": find_map(maps, condition).fingerprint,
+    }
+    return StageIdentity(stage="generate", version=VERSION, config=config.model_dump(mode="json"), inputs=inputs)
+
+
+def run_generate(
+    config: GenerateConfig,
+    model: ManifestRef,
+    pairs: ManifestRef,
+    maps: Mapping[str, ManifestRef],
+    store_root: str,
+    resources: EvalResources,
+    on_progress: Callable[[int, int, int], None] | None = None,
+) -> ManifestRef:
+    """Generate the images that are missing and seal; ValueError where the split has fewer rows than are asked for."""
+    identity = identify_generate(config, model, pairs, maps)
+    sealed = find_sealed(identity, store_root)
+    if sealed is not None:
+        return sealed
+    data = open_data(pairs, maps, config.split)
+    check_num_samples(config.num_samples, data)
+
+    def make_shard(index: int) -> ShardRows:
+        rows = range(index * SHARD_ROWS, min((index + 1) * SHARD_ROWS, config.num_samples))
+        with open_pipeline(model, resources) as pipeline:
+            return _generate_rows(config, data, rows, pipeline, resources.batch_size), []
+
+    num_shards = -(-config.num_samples // SHARD_ROWS)
+    return run_sharded_stage(identity, store_root, num_shards, make_shard, on_progress=on_progress)
+
+
+def compute_image_seed(config: GenerateConfig, sample_id: str) -> int:
+    """Return the seed of one image, 0 <= seed < 2^63."""
+    task = "" if config.is_noise_shared else config.vision_task
+    return _hash_seed(f"image/{config.seed}/{task}/{sample_id}")
+
+
+def choose_example_rows(data: InContextData, policy: ExamplePolicy, seed: int, rows: Iterable[int]) -> list[int]:
+    """Return the row of each query's example: a function of (seed, sample id), the same for every vision task."""
+    return [
+        data.choose_example(policy, row, np.random.default_rng(_hash_seed(f"example/{seed}/{data.sample_ids[row]}")))
+        for row in rows
+    ]
+
+
+def open_data(pairs: ManifestRef, maps: Mapping[str, ManifestRef], split: Split) -> InContextData:
+    """Return the rows of a split with those maps, opened once a process: pass all maps, and every task shares it."""
+    return _open_data(pairs.uri, tuple(sorted((condition, ref.uri) for condition, ref in maps.items())), split)
+
+
+def find_map(maps: Mapping[str, ManifestRef], condition: str) -> ManifestRef:
+    """Return the manifest of a condition's maps; ValueError names what there is."""
+    if condition not in maps:
+        raise ValueError(f"there are no maps of condition {condition!r}, only of {', '.join(sorted(maps)) or 'none'}")
+    return maps[condition]
+
+
+def check_num_samples(num_samples: int, data: InContextData) -> None:
+    """Raise ValueError where a split is smaller than the number of samples asked for: a smaller n is another result."""
+    if num_samples > data.num_rows:
+        raise ValueError(f"{num_samples} samples are asked for, and the {data.split} split has {data.num_rows} rows")
+
+
+def read_images(generations: ManifestRef) -> ImageArray:
+    """Return the images of a sealed generation, uint8 (n, h, w, 3), in the order of the split."""
+    column = open_manifest(generations.uri).read_table(["image"])["image"]
+    return np.stack([decode_image(image["bytes"]) for image in column.to_pylist()])
+
+
+@lru_cache(maxsize=4)
+def _open_data(pairs_uri: str, map_uris: tuple[tuple[str, str], ...], split: Split) -> InContextData:
+    maps = {condition: open_manifest(uri) for condition, uri in map_uris}
+    return InContextData(open_manifest(pairs_uri), maps, split)
+
+
+def _hash_seed(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> (64 - _SEED_BITS)
+
+
+def _generate_rows(
+    config: GenerateConfig, data: InContextData, rows: range, pipeline: "PromptDiffusionPipeline", batch_size: int
+) -> pa.Table:
+    """Return the table of one shard."""
+    vision_task = find_vision_task(config.vision_task)
+    # Without a pair the example's row is not shown: the query's own stands in, so that `assemble` has one.
+    policy = config.example_policy
+    example_rows = choose_example_rows(data, policy, config.seed, rows) if policy else list(rows)
+    samples = [data.assemble(vision_task, row, example) for row, example in zip(rows, example_rows, strict=True)]
+    seeds = [compute_image_seed(config, sample.sample_id) for sample in samples]
+    images: list[bytes] = []
+    for start in range(0, len(samples), batch_size):
+        batch = slice(start, start + batch_size)
+        images += [encode_png(image) for image in _generate_batch(config, samples[batch], seeds[batch], pipeline)]
+    return generations_table([sample.sample_id for sample in samples], config.vision_task, seeds, images)
+
+
+def _generate_batch(
+    config: GenerateConfig, samples: list[Sample], seeds: list[int], pipeline: "PromptDiffusionPipeline"
+) -> ImageArray:
+    """Return uint8 images (n, h, w, 3)."""
+    import torch
+
+    prompts = [_write_prompt(config, sample.prompt) for sample in samples]
+    example_pair = None
+    if config.example_policy is not None:
+        example_pair = (_stack(samples, "example_source"), _stack(samples, "example_target"))
+    output = pipeline(
+        prompt=prompts,
+        example_pair=example_pair,
+        query=_stack(samples, "query"),
+        negative_prompt=config.negative_prompt,
+        guidance_scale=config.guidance_scale,
+        num_inference_steps=config.num_inference_steps,
+        # On the CPU, so that a seed means the same noise on every device.
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        output_type="uint8",
+    )
+    images: ImageArray = output.images
+    return images
+
+
+def _stack(samples: list[Sample], field: str) -> ImageArray:
+    return np.stack([getattr(sample, field) for sample in samples])
+
+
+def _write_prompt(config: GenerateConfig, prompt: str) -> str:
+    if not config.use_text or not prompt:
+        return ""
+    return prompt + config.prompt_suffix

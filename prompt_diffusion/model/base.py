@@ -1,0 +1,80 @@
+"""The base model that Prompt Diffusion starts from: SD v1.5, or this project's own tiny one of the same classes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from prompt_diffusion.model.references import base_folder
+
+
+@dataclass(frozen=True)
+class Base:
+    """A latent text-to-image diffusion model, by its diffusers parts."""
+
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    scheduler: DDIMScheduler
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Return text embeddings: N, L, C. Text beyond the encoder's length is cut by the tokenizer."""
+        tokens = self.tokenizer(
+            list(texts),
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        hidden: Tensor = self.text_encoder(tokens.input_ids.to(self.text_encoder.device)).last_hidden_state
+        return hidden
+
+    @property
+    def latent_stride(self) -> int:
+        """Pixels along one side of an image for each latent along one side."""
+        return int(2 ** (len(self.vae.config["block_out_channels"]) - 1))
+
+    def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write the parts as diffusers does, in safetensors of the given precision."""
+        for name in ("vae", "unet", "text_encoder"):
+            part: Any = getattr(self, name)
+            original = part.dtype
+            part.to(dtype).save_pretrained(folder / name, safe_serialization=True)
+            part.to(original)
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+        self.scheduler.save_pretrained(folder / "scheduler")
+
+
+def load_base(base: str) -> Base:
+    """Load a base in float32: ``demo-base``, a local folder in diffusers' layout, or a hub repository.
+
+    ValueError, in one sentence, where it can be found nowhere.
+    """
+    folder = base_folder(base)
+    source = str(folder) if folder else base
+    try:
+        parts: dict[str, Any] = {
+            name: kind.from_pretrained(source, subfolder=name)
+            for name, kind in (
+                ("vae", AutoencoderKL),
+                ("unet", UNet2DConditionModel),
+                ("text_encoder", CLIPTextModel),
+                ("tokenizer", CLIPTokenizer),
+                ("scheduler", DDIMScheduler),
+            )
+        }
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"base model {base!r} cannot be loaded ({str(error).splitlines()[0]}): name 'demo-base', a local folder in "
+            "diffusers' layout, or a repository of a hub that this machine can reach"
+        ) from error
+    for name in ("vae", "unet", "text_encoder"):
+        parts[name] = parts[name].float().eval().requires_grad_(False)
+    return Base(**parts)

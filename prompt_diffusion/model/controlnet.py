@@ -1,0 +1,145 @@
+"""The Prompt Diffusion ControlNet: diffusers' ControlNet with an example-pair stem beside the query stem.
+
+Letters: the paper's image1 and image2 are the example source and example target, image3 is the query.
+"""
+
+from typing import Any, Self
+
+from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+PUBLISHED_STEM_CHANNELS = (16, 32, 96, 256)
+EXAMPLE_PAIR_CHANNELS = 6
+QUERY_CHANNELS = 3
+
+
+class PromptDiffusionControlNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """A copy of the UNet's encoder, steered by an example pair and a query.
+
+    Two stems turn images in [-1, 1] into features at the latents' size: one reads the example pair (6 channels: source, then
+    target), one the query (3 channels). Their sum enters once, after the first convolution. All output convolutions, and the
+    last one of each stem, start at zero. With ``example_pair=False`` there is no example stem: the task-specific ControlNet
+    that the paper calls CN(FT).
+
+    Source: arXiv 2305.01115, section 3.2 and figure 3.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        trunk_config: dict[str, Any],
+        stem_channels: tuple[int, ...] = PUBLISHED_STEM_CHANNELS,
+        example_pair: bool = True,
+    ) -> None:
+        super().__init__()
+        self.trunk = ControlNetModel(**trunk_config)
+        # The stems are computed once an image, outside the denoising loop, so what enters here are features.
+        self.trunk.controlnet_cond_embedding = nn.Identity()
+        features = self.trunk.config["block_out_channels"][0]
+        self.query_stem = ControlNetConditioningEmbedding(features, QUERY_CHANNELS, stem_channels)
+        self.example_stem = (
+            ControlNetConditioningEmbedding(features, EXAMPLE_PAIR_CHANNELS, stem_channels) if example_pair else None
+        )
+
+    @classmethod
+    def from_unet(
+        cls,
+        unet: UNet2DConditionModel,
+        stem_channels: tuple[int, ...] = PUBLISHED_STEM_CHANNELS,
+        example_pair: bool = True,
+    ) -> Self:
+        """Build one whose trunk holds the UNet's encoder and middle block, its zero convolutions and stems fresh."""
+        trunk = ControlNetModel.from_unet(unet)
+        config = {name: value for name, value in trunk.config.items() if not name.startswith("_")}
+        model: Self = cls(trunk_config=config, stem_channels=tuple(stem_channels), example_pair=example_pair)
+        weights = {k: v for k, v in trunk.state_dict().items() if not k.startswith("controlnet_cond_embedding.")}
+        model.trunk.load_state_dict(weights)
+        return model
+
+    @property
+    def uses_example_pair(self) -> bool:
+        """Whether the model reads an example pair (False for a task-specific baseline)."""
+        return self.example_stem is not None
+
+    def compute_condition_features(self, example_pair: Tensor | None, query: Tensor) -> Tensor:
+        """Return the sum of the stems' features: N, C, h, w at the latents' size.
+
+        ``example_pair`` is N, 6, H, W (source, then target) and ``query`` N, 3, H, W, both in [-1, 1]. ``None`` stands for a
+        mid-grey pair (zeros), what the model sees in training where the pair is dropped.
+        """
+        features: Tensor = self.query_stem(query)
+        if self.example_stem is None:
+            if example_pair is not None:
+                raise ValueError("this model has no example stem: it takes a query alone (example_pair=None)")
+            return features.contiguous()
+        if example_pair is None:
+            example_pair = query.new_zeros(query.shape[0], EXAMPLE_PAIR_CHANNELS, *query.shape[2:])
+        combined: Tensor = features + self.example_stem(example_pair)
+        return combined.contiguous()  # the trunk keeps its own layout, whatever the stems' is
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | int,
+        encoder_hidden_states: Tensor,
+        condition_features: Tensor,
+        conditioning_scale: float = 1.0,
+    ) -> tuple[list[Tensor], Tensor]:
+        """Return the residuals for the UNet's skip connections (one per skip) and for its middle block.
+
+        ``sample``: noisy latents N, 4, h, w. ``encoder_hidden_states``: text N, L, C. ``condition_features``: what
+        ``compute_condition_features`` gave.
+        """
+        down, middle = self.trunk(
+            sample,
+            timestep,
+            encoder_hidden_states,
+            controlnet_cond=condition_features,
+            conditioning_scale=conditioning_scale,
+            return_dict=False,
+        )
+        return down, middle
+
+
+def trained_unet_parameters(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
+    """Return the UNet's decoder by parameter name: what training moves beside the ControlNet.
+
+    The published command unlocks SD's decoder (``output_blocks`` and ``out``): here the up blocks and the output layers.
+    """
+    prefixes = ("up_blocks.", "conv_norm_out.", "conv_out.")
+    return {name: parameter for name, parameter in unet.named_parameters() if name.startswith(prefixes)}
+
+
+def predict_noise(
+    unet: UNet2DConditionModel,
+    controlnet: PromptDiffusionControlNet,
+    latents: Tensor,
+    timesteps: Tensor,
+    text: Tensor,
+    condition_features: Tensor,
+    conditioning_scale: float = 1.0,
+) -> Tensor:
+    """Return the prediction N, 4, h, w (noise or v, whichever the base was trained to give)."""
+    down, middle = controlnet(latents, timesteps, text, condition_features, conditioning_scale)
+    prediction: Tensor = unet(
+        latents,
+        timesteps,
+        encoder_hidden_states=text,
+        down_block_additional_residuals=down,
+        mid_block_additional_residual=middle,
+        return_dict=False,
+    )[0]
+    return prediction
+
+
+__all__ = [
+    "PUBLISHED_STEM_CHANNELS",
+    "PromptDiffusionControlNet",
+    "predict_noise",
+    "trained_unet_parameters",
+]

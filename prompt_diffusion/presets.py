@@ -1,0 +1,253 @@
+"""Complete configurations: ``smoke`` (seconds, for tests), ``demo`` (minutes, a laptop), ``paper`` (the published numbers).
+
+A run is a preset plus overrides, validated before anything starts.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from prompt_diffusion.annotators.annotate import AnnotateConfig
+from prompt_diffusion.annotators.base import AnnotateResources
+from prompt_diffusion.data.ingest import IngestConfig
+from prompt_diffusion.data.sources.instruct_pix2pix import InstructPix2PixConfig
+from prompt_diffusion.data.sources.scenes import ScenesConfig
+from prompt_diffusion.evaluation.config import EvaluateConfig
+from prompt_diffusion.model.references import DEMO_BASE
+from prompt_diffusion.training.config import (
+    DropoutConfig,
+    NoiseConfig,
+    OptimizerConfig,
+    TrainConfig,
+    TrainResources,
+)
+from prompt_diffusion.training.encode import EncodeConfig
+
+PresetName = Literal["smoke", "demo", "paper"]
+PRESET_NAMES: tuple[PresetName, ...] = ("smoke", "demo", "paper")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class BaselinesConfig(_Frozen):
+    """The CN(FT) baselines: the joint recipe with the query alone, one vision task each."""
+
+    batch_size: int = Field(default=128, ge=1)
+    """Samples a step. The number of steps follows: as many samples of its vision task as the joint model saw of it."""
+
+
+class Resources(_Frozen):
+    """How much of this machine each stage takes: never part of a fingerprint."""
+
+    train: TrainResources = TrainResources()
+    """The joint training."""
+    baselines: TrainResources = TrainResources()
+    """Each baseline's training."""
+    parallel_baselines: int = Field(default=1, ge=1)
+    """How many baselines train at the same time."""
+    annotate: AnnotateResources = AnnotateResources()
+    """The annotators."""
+    evaluate_batch_size: int = Field(default=16, ge=1)
+    """Images generated at once."""
+    evaluate_threads: int = Field(default=2, ge=1)
+    """CPU threads of the evaluation."""
+
+
+class RunConfig(_Frozen):
+    """One complete run, dataset to table."""
+
+    name: PresetName
+    """The preset it started from."""
+    ingest: IngestConfig
+    """Which image pairs."""
+    annotate: tuple[AnnotateConfig, ...]
+    """Which condition maps, and what makes them."""
+    encode: EncodeConfig
+    """Whose autoencoder makes the latents; the trainings' base."""
+    train: TrainConfig
+    """The joint training."""
+    baselines: BaselinesConfig = BaselinesConfig()
+    """What differs for the baselines."""
+    evaluate: EvaluateConfig
+    """How the table is made."""
+    resources: Resources = Resources()
+    """How much of this machine each stage takes."""
+
+    def baseline_trainings(self) -> dict[str, TrainConfig]:
+        """Return the CN(FT) recipe of each vision task, given as many samples of it as the joint training drew."""
+        samples = self.train.batch_size * self.train.num_steps / len(self.train.vision_tasks)
+        steps = max(1, round(samples / self.baselines.batch_size))
+        return {
+            name: self.train.model_copy(
+                update={
+                    "method": "controlnet",
+                    "vision_tasks": (name,),
+                    "batch_size": self.baselines.batch_size,
+                    "num_steps": steps,
+                }
+            )
+            for name in self.train.vision_tasks
+        }
+
+
+def paper() -> RunConfig:
+    """Return the published configuration (Wang et al., NeurIPS 2023, arXiv 2305.01115), each value with its source.
+
+    - Data: CLIP-filtered InstructPix2Pix, 313,010 prompt groups, 90/5/5 in source order, 256 px by Lanczos (the code).
+    - Maps: MiDaS depth, HED (BSDS500), segmentation in ADE20K colours (section 4). The depth and segmentation networks
+      are not part of this release yet: such a run says so before it starts.
+    - Model: SD v1.5; stems of 16, 16, 32, 32, 96, 96, 256 channels; ControlNet and SD's decoder trained (the code: the flag
+      that should lock the decoder is inverted).
+    - Optimizer: AdamW 1e-4, constant, float32, no EMA (the code); batch 512 (section 4; the author names 1024 in an issue,
+      the published yaml gives 2048), 5,000 steps (the released weights are of step 4,999).
+    - Dropout: one uniform number; text 0.10, example pair 0.10, both 0.05 (the code).
+    - Evaluation: DDIM, 100 steps, eta 0, guidance 9, 10,000 test images a vision task (section 4 and the code).
+    """
+    base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    return RunConfig(
+        name="paper",
+        ingest=IngestConfig(source=InstructPix2PixConfig(uri="data/instruct-pix2pix"), image_size=256),
+        annotate=(
+            AnnotateConfig(condition="depth"),
+            AnnotateConfig(condition="hed", annotator="hed_bsds500"),
+            AnnotateConfig(condition="seg"),
+        ),
+        encode=EncodeConfig(base=base),
+        train=TrainConfig(base=base),
+        baselines=BaselinesConfig(batch_size=128),
+        evaluate=EvaluateConfig(),
+    )
+
+
+def demo() -> RunConfig:
+    """Return what two CPU cores do in 20 minutes: ray-cast scenes at 64 px and a base of 4 million parameters.
+
+    It departs from the paper where a short budget asks for it, and each departure is a field: Muon and a decaying rate,
+    v-prediction with zero terminal SNR (the base's own), text dropped from half of the image-to-map samples so that the
+    pair alone must decide, and examples from other scenes, so that copying the example does not pay.
+    """
+    return RunConfig(
+        name="demo",
+        ingest=IngestConfig(source=ScenesConfig(num_groups=1500), image_size=64, shard_rows=125),
+        annotate=tuple(AnnotateConfig(condition=name) for name in ("depth", "hed", "seg")),
+        encode=EncodeConfig(base=DEMO_BASE),
+        train=TrainConfig(
+            base=DEMO_BASE,
+            image_to_map_examples={"other_group": 1.0},
+            map_to_image_examples={"same_row": 0.7, "other_group": 0.3},
+            dropout=DropoutConfig(text_map_to_image=0.15, text_image_to_map=0.5, example_pair=0.10, overlap=0.05),
+            noise=NoiseConfig(prediction_type="v_prediction", late_fraction=0.5),
+            optimizer=OptimizerConfig(
+                name="muon",
+                learning_rate=1e-3,
+                muon_learning_rate=0.02,
+                weight_decay=0.0,
+                warmup_steps=10,
+                flat_fraction=0.4,
+                final_factor=0.02,
+            ),
+            stem_channels=(16, 32, 64),
+            batch_size=32,
+            num_steps=640,
+        ),
+        baselines=BaselinesConfig(batch_size=32),
+        evaluate=EvaluateConfig(
+            num_samples=75,
+            num_in_context=48,
+            map_to_image_num_inference_steps=10,
+            image_to_map_num_inference_steps=2,
+            map_to_image_guidance_scale=2.5,
+            image_to_map_guidance_scale=1.0,
+            example_policy="other_group",
+            prompt_suffix="",
+            negative_prompt="",
+        ),
+        resources=Resources(
+            train=TrainResources(num_processes=2, device_batch_size=16),
+            parallel_baselines=2,
+            evaluate_batch_size=25,
+        ),
+    )
+
+
+def smoke() -> RunConfig:
+    """Return the demo cut down to seconds: it shows that every stage runs, and learns nothing."""
+    full = demo()
+    return full.model_copy(
+        update={
+            "name": "smoke",
+            "ingest": IngestConfig(source=ScenesConfig(num_groups=60), image_size=64, shard_rows=32),
+            "train": full.train.model_copy(update={"batch_size": 6, "num_steps": 4}),
+            "baselines": BaselinesConfig(batch_size=2),
+            "evaluate": full.evaluate.model_copy(
+                update={
+                    "num_samples": 3,
+                    "num_in_context": 2,
+                    "map_to_image_num_inference_steps": 2,
+                    "image_to_map_num_inference_steps": 2,
+                }
+            ),
+            "resources": full.resources.model_copy(update={"train": TrainResources(), "evaluate_threads": 1}),
+        }
+    )
+
+
+_PRESETS = {"smoke": smoke, "demo": demo, "paper": paper}
+
+
+def build_preset(name: str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Return a preset with single fields changed by dotted name, for example ``{"train.num_steps": 100}``.
+
+    ValueError, in one sentence, names an unknown preset or field, or the field, the value and what is allowed.
+    """
+    if name not in _PRESETS:
+        raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(_PRESETS)}")
+    content = _PRESETS[name]().model_dump()
+    for key, value in (overrides or {}).items():
+        _override(content, key, value)
+    if content["encode"]["base"] != content["train"]["base"]:
+        if "encode.base" in (overrides or {}):
+            raise ValueError(
+                f"encode.base {content['encode']['base']!r} and train.base {content['train']['base']!r} must be the same"
+            )
+        content["encode"]["base"] = content["train"]["base"]
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or name
+        message = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{place}: {message}, got {_shorten(first['input'])}") from None
+
+
+def _override(content: dict[str, Any], key: str, value: Any) -> None:  # noqa: ANN401 - any field's value
+    """Set one field of a nested dictionary (lists by position); ValueError names the nearest field that exists."""
+    *path, last = key.split(".")
+    inner: Any = content
+    for depth, part in enumerate([*path, last]):
+        names = [str(i) for i in range(len(inner))] if isinstance(inner, list | tuple) else list(inner or {})
+        if not isinstance(inner, dict | list | tuple) or part not in names:
+            where = ".".join(path[:depth])
+            near = difflib.get_close_matches(part, names, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(
+                f"unknown field {key!r}: {hint}{f'{where} has' if where else 'there are'} {', '.join(names) or 'no fields'}"
+            )
+        if depth == len(path):
+            break
+        if isinstance(inner, list | tuple):
+            inner = inner[int(part)]
+        else:
+            if isinstance(inner[part], tuple):
+                inner[part] = list(inner[part])
+            inner = inner[part]
+    inner[int(last) if isinstance(inner, list) else last] = value
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,57 @@
+"""The bytes of `manifest.parquet`: one row a file, all else as one JSON value in the schema metadata, with a digest."""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as find_version
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from prompt_diffusion.store.fingerprint import compute_digest, write_canonical_json
+
+METADATA_KEY = b"prompt_diffusion"
+_FILE_SCHEMA = pa.schema([("path", pa.string()), ("rows", pa.int64()), ("bytes", pa.int64()), ("sha256", pa.string())])
+_RECORDED_PACKAGES = ("prompt-diffusion", "pyarrow", "numpy", "pillow", "torch", "diffusers", "transformers")
+
+
+def encode_manifest(content: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return the Parquet bytes of a manifest: `rows` have path, rows, bytes and sha256; `content` is JSON."""
+    metadata = write_canonical_json({**content, "digest": _compute_content_digest(content, rows)})
+    table = pa.Table.from_pylist(list(rows), schema=_FILE_SCHEMA.with_metadata({METADATA_KEY: metadata.encode()}))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    encoded: bytes = sink.getvalue().to_pybytes()
+    return encoded
+
+
+def decode_manifest(data: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return content and rows of a manifest's bytes; ValueError where they are not what was encoded."""
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+        content = json.loads((table.schema.metadata or {})[METADATA_KEY])
+        digest = content.pop("digest")
+    except (pa.ArrowException, OSError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError(f"it is no whole manifest ({error})") from error
+    rows = table.to_pylist()
+    actual = _compute_content_digest(content, rows)
+    if digest != actual:
+        raise ValueError(f"it was altered: its content has the digest {actual}, it was sealed with {digest}")
+    return content, rows
+
+
+def find_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that shape results, without importing them."""
+    versions = {"python": platform.python_version()}
+    for name in _RECORDED_PACKAGES:
+        try:
+            versions[name] = find_version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _compute_content_digest(content: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    return compute_digest(write_canonical_json({**content, "files": [dict(row) for row in rows]}).encode())

@@ -1,0 +1,53 @@
+"""The small values that manifests are made of, and the two ways in which a folder is refused."""
+
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict
+
+
+class UnsealedError(ValueError):
+    """The folder has no manifest: its stage has not finished."""
+
+
+class DamagedDataError(ValueError):
+    """A file is not what its manifest says; the message names it."""
+
+
+class Reject(BaseModel):
+    """A sample that was left out, and why."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    sample_id: str
+    """The sample, as its source names it."""
+    reason: str
+    """One sentence."""
+
+
+class ManifestRef(BaseModel):
+    """All that a task returns of a sealed manifest."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    uri: str
+    """The folder."""
+    stage: str
+    """The stage that made it."""
+    fingerprint: str
+    """The digest of the stage's identity."""
+    rows: int
+    """How many rows its files hold together."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """One file of a manifest, as it was when it was sealed."""
+
+    path: str
+    """Relative to the manifest's folder, POSIX."""
+    rows: int
+    """Rows of a shard; 0 for what has none."""
+    bytes: int
+    """Size."""
+    sha256: str
+    """Digest of the content, 64 hex digits."""

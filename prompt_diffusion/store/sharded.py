@@ -1,0 +1,142 @@
+"""The one engine of every sharded stage: nothing is done twice, a killed run goes on, the bytes are the same."""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from prompt_diffusion.store.codec import METADATA_KEY
+from prompt_diffusion.store.fingerprint import StageIdentity, write_canonical_json
+from prompt_diffusion.store.manifest import (
+    ManifestRef,
+    Reject,
+    StoredFile,
+    describe_file,
+    find_sealed,
+    seal_manifest,
+)
+from prompt_diffusion.store.storage import create_bytes, join_uri, read_bytes, write_bytes
+
+logger = logging.getLogger(__name__)
+
+ShardRows = tuple[pa.Table, list[Reject]]
+
+_ROW_GROUP_ROWS = 64  # small, so that reading one row at random costs little
+_WRITER = f"parquet-cpp-arrow version {pa.cpp_version}"
+
+
+def run_sharded_stage(
+    identity: StageIdentity,
+    store_root: str,
+    num_shards: int,
+    make_shard: Callable[[int], ShardRows],
+    *,
+    reject_budget: float = 0.01,
+    on_progress: Callable[[int, int, int], None] | None = None,
+) -> ManifestRef:
+    """Make the shards of a stage that are missing, seal, and return the reference; at once if it is sealed already.
+
+    `make_shard(index)` must depend on the identity and the index alone. `on_progress` hears (shards done, shards, rows
+    so far). ValueError, before sealing, if more than `reject_budget` of all samples were rejected.
+    """
+    sealed = find_sealed(identity, store_root)
+    if sealed is not None:
+        return sealed
+    if num_shards < 1:
+        raise ValueError(f"stage {identity.stage} has {num_shards} shards to make: there is nothing to do")
+    files: list[StoredFile] = []
+    rejects: list[Reject] = []
+    for index in range(num_shards):
+        file, shard_rejects = _find_or_make_shard(identity, store_root, index, num_shards, make_shard)
+        files.append(file)
+        rejects.extend(shard_rejects)
+        if on_progress is not None:
+            on_progress(index + 1, num_shards, sum(file.rows for file in files))
+    num_rows = sum(file.rows for file in files)
+    _check_rejects(identity, num_rows, rejects, reject_budget)
+    counts = {"rows": num_rows, "rejects": len(rejects)}
+    return seal_manifest(identity, store_root, files, counts=counts, rejects=rejects)
+
+
+def name_shard(index: int) -> str:
+    """Return the file name of a shard."""
+    return f"shard-{index:05d}.parquet"
+
+
+def encode_shard(table: pa.Table) -> bytes:
+    """Return the Parquet bytes of a table: a function of its rows and schema alone."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table.combine_chunks(),  # page borders would follow the chunks
+        sink,
+        row_group_size=_ROW_GROUP_ROWS,
+        compression="zstd",
+        use_dictionary=False,
+        write_page_checksum=True,
+    )
+    encoded: bytes = sink.getvalue().to_pybytes()
+    return encoded
+
+
+def _find_or_make_shard(
+    identity: StageIdentity, store_root: str, index: int, num_shards: int, make_shard: Callable[[int], ShardRows]
+) -> tuple[StoredFile, list[Reject]]:
+    """Return the shard that an earlier run left, or make it."""
+    name = name_shard(index)
+    uri = join_uri(identity.uri(store_root), name)
+    header: dict[str, str | int] = {"fingerprint": identity.fingerprint, "shard": index, "num_shards": num_shards}
+    left, is_damaged = _read_leftover(uri, name, header)
+    if left is not None:
+        return left
+    table, rejects = make_shard(index)
+    content = {**header, "rejects": [reject.model_dump() for reject in rejects]}
+    metadata = {**(table.schema.metadata or {}), METADATA_KEY: write_canonical_json(content).encode()}
+    data = encode_shard(table.replace_schema_metadata(metadata))
+    if is_damaged:
+        write_bytes(uri, data)
+    elif not create_bytes(uri, data):
+        # Another run made it meanwhile, and may be about to seal it: what lies there counts, not ours.
+        left, is_damaged = _read_leftover(uri, name, header)
+        if left is not None:
+            return left
+        write_bytes(uri, data)
+    return describe_file(name, data, table.num_rows), rejects
+
+
+def _read_leftover(
+    uri: str, name: str, header: dict[str, str | int]
+) -> tuple[tuple[StoredFile, list[Reject]] | None, bool]:
+    """Return the whole shard of this identity that lies there, if any, and whether something else is in its place."""
+    try:
+        data = read_bytes(uri)
+    except FileNotFoundError:
+        return None, False
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+        content = json.loads((file.schema_arrow.metadata or {})[METADATA_KEY])
+        if {key: content[key] for key in header} != header:
+            raise ValueError(f"it belongs to shard {content['shard']} of {content['num_shards']}")
+        rejects = [Reject.model_validate(reject) for reject in content["rejects"]]
+        table = file.read()
+        # Page checksums leave headers and footer out; our own writer can vouch for every byte, another version cannot.
+        if file.metadata.created_by == _WRITER and encode_shard(table) != data:
+            raise ValueError("its bytes are not those that its rows give")
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        logger.warning("%s was left behind and cannot be used (%s): made again", uri, reason)
+        return None, True
+    return (describe_file(name, data, table.num_rows), rejects), False
+
+
+def _check_rejects(identity: StageIdentity, num_rows: int, rejects: Sequence[Reject], budget: float) -> None:
+    """Raise ValueError if more than the budgeted share of the samples was rejected."""
+    num_samples = num_rows + len(rejects)
+    if not rejects or len(rejects) <= budget * num_samples:
+        return
+    examples = "; ".join(f"{reject.sample_id}: {reject.reason}" for reject in rejects[:3])
+    raise ValueError(
+        f"stage {identity.stage} rejected {len(rejects)} of {num_samples} samples, more than the budget of "
+        f"{budget:.2%}: {examples}"
+    )

@@ -1,0 +1,106 @@
+"""Checkpoints: safetensors and JSON, complete or absent, so that the same command goes on where it stopped.
+
+A checkpoint is a folder ``checkpoints/step-00000500/`` whose ``state.json`` is written last and holds the digests of the
+rest: without it, or with a digest that does not fit, the folder does not count.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+from torch.optim import Optimizer
+
+from prompt_diffusion.store import storage
+from prompt_diffusion.store.fingerprint import compute_digest
+
+logger = logging.getLogger(__name__)
+
+KEPT_CHECKPOINTS = 2
+
+
+@dataclass
+class Progress:
+    """Where a training stands, beside its tensors."""
+
+    step: int = 0
+    """Steps done."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """One record a step and label: ``step``, ``label``, ``loss``, ``num_samples``."""
+    seconds: float = 0.0
+    """Seconds of training so far, over all attempts (reported, never used)."""
+
+
+def flatten_optimizers(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+    """Return every state tensor of the optimizers under ``{optimizer}.{parameter}.{name}``."""
+    return {
+        f"{number}.{parameter}.{name}": torch.as_tensor(value)
+        for number, optimizer in enumerate(optimizers)
+        for parameter, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+
+
+def restore_optimizers(optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor]) -> None:
+    """Put back what ``flatten_optimizers`` gave; the groups keep the recipe's own settings."""
+    for number, optimizer in enumerate(optimizers):
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            owner, parameter, name = key.split(".", 2)
+            if int(owner) == number:
+                state.setdefault(int(parameter), {})[name] = value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def save_checkpoint(
+    folder: str, parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer], progress: Progress
+) -> None:
+    """Write a checkpoint below ``folder`` (a URI), then drop all but the newest two."""
+    files = {
+        "weights.safetensors": save({name: p.detach().cpu().contiguous() for name, p in parameters.items()}),
+        "optimizer.safetensors": save(
+            {name: t.detach().cpu().contiguous() for name, t in flatten_optimizers(optimizers).items()}
+        ),
+    }
+    target = storage.join_uri(folder, f"step-{progress.step:08d}")
+    for name, data in files.items():
+        storage.write_bytes(storage.join_uri(target, name), data)
+    state = {
+        "step": progress.step,
+        "history": progress.history,
+        "seconds": progress.seconds,
+        "digests": {name: compute_digest(data) for name, data in files.items()},
+    }
+    storage.write_bytes(storage.join_uri(target, "state.json"), json.dumps(state).encode())
+    for step in list_checkpoints(folder)[:-KEPT_CHECKPOINTS]:
+        storage.delete_folder(storage.join_uri(folder, step))
+
+
+def list_checkpoints(folder: str) -> list[str]:
+    """Return the names of the finished checkpoints below a folder, oldest first."""
+    return sorted(name.split("/")[0] for name in storage.list_files(folder) if name.endswith("/state.json"))
+
+
+def restore_checkpoint(folder: str, parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> Progress:
+    """Load the newest whole checkpoint into the parameters and optimizers; a fresh ``Progress`` where there is none."""
+    for name in reversed(list_checkpoints(folder)):
+        uri = storage.join_uri(folder, name)
+        state = json.loads(storage.read_bytes(storage.join_uri(uri, "state.json")))
+        files = {file: storage.read_bytes(storage.join_uri(uri, file)) for file in state["digests"]}
+        damaged = [file for file, digest in state["digests"].items() if compute_digest(files[file]) != digest]
+        if damaged:
+            logger.warning("checkpoint %s is damaged (%s): taking the one before", uri, ", ".join(damaged))
+            continue
+        weights = load(files["weights.safetensors"])
+        if weights.keys() != parameters.keys():
+            raise ValueError(f"checkpoint {uri} holds other weights than this model trains")
+        with torch.no_grad():
+            for key, parameter in parameters.items():
+                parameter.copy_(weights[key])
+        restore_optimizers(optimizers, load(files["optimizer.safetensors"]))
+        return Progress(step=state["step"], history=state["history"], seconds=state["seconds"])
+    return Progress()

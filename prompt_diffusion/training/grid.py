@@ -1,0 +1,58 @@
+"""A picture of what a training learned: validation samples of each vision task, with fixed seeds."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+from prompt_diffusion.data.dataset import InContextData
+from prompt_diffusion.data.sampler import sample_generator
+from prompt_diffusion.data.transforms import Pixels, encode_png
+from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
+from prompt_diffusion.training.config import TrainConfig
+from prompt_diffusion.vision_tasks import ExamplePolicy, find_vision_task
+
+_SAMPLES, _STEPS, _GUIDANCE, _GAP = 4, 12, 2.5, 4
+
+
+def render_validation_grid(pipeline: PromptDiffusionPipeline, data: InContextData, config: TrainConfig) -> bytes:
+    """Return a PNG: a row each vision task; in it, a few times, example source and target, query, output, truth."""
+    rows = []
+    pipeline.set_progress_bar_config(disable=True)
+    for name in config.vision_tasks:
+        task = find_vision_task(name)
+        policy: ExamplePolicy = "other_group" if len(set(data.group_ids)) > 1 else "same_row"
+        samples = [
+            data.assemble(task, row, data.choose_example(policy, row, sample_generator(config.seed, row)))
+            for row in range(min(_SAMPLES, data.num_rows))
+        ]
+        sources, targets, queries = (
+            np.stack([getattr(sample, field) for sample in samples])
+            for field in ("example_source", "example_target", "query")
+        )
+        outputs: Pixels = pipeline(
+            [sample.prompt for sample in samples],
+            (sources, targets) if pipeline.controlnet.uses_example_pair else None,
+            queries,
+            guidance_scale=_GUIDANCE if task.direction == "map_to_image" else 1.0,
+            num_inference_steps=_STEPS,
+            generator=[torch.Generator().manual_seed(row) for row in range(len(samples))],
+            output_type="uint8",
+        ).images
+        cells = [
+            np.concatenate([s.example_source, s.example_target, s.query, output, s.target], axis=1)
+            for s, output in zip(samples, outputs, strict=True)
+        ]
+        rows.append(_join(cells, axis=1))
+    grid = _join(rows, axis=0)
+    scale = max(1, 128 // data.image(0, "edited", None).shape[0])
+    large = Image.fromarray(grid).resize((grid.shape[1] * scale, grid.shape[0] * scale), Image.Resampling.NEAREST)
+    return encode_png(np.asarray(large))
+
+
+def _join(pictures: list[Pixels], axis: int) -> Pixels:
+    """Join pictures with white gaps between them."""
+    shape = list(pictures[0].shape)
+    shape[axis] = _GAP
+    gap = np.full(shape, 255, np.uint8)
+    parts = [part for picture in pictures for part in (picture, gap)][:-1]
+    return np.concatenate(parts, axis=axis)

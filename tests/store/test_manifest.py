@@ -1,0 +1,250 @@
+"""What is sealed is read back and checked; what is not sealed, truncated, altered or missing is refused by name."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from prompt_diffusion.store.fingerprint import StageIdentity, compute_digest
+from prompt_diffusion.store.manifest import (
+    MANIFEST_NAME,
+    DamagedDataError,
+    ManifestRef,
+    Reject,
+    StoredFile,
+    UnsealedError,
+    find_sealed,
+    is_sealed,
+    open_manifest,
+    seal_manifest,
+    write_file,
+    write_folder,
+)
+from prompt_diffusion.store.sharded import run_sharded_stage
+from prompt_diffusion.store.storage import join_uri, list_files, read_bytes, write_bytes
+
+IDENTITY = StageIdentity(stage="train", version=3, config={"steps": 10, "rates": (0.1, 0.2)}, inputs={"pairs": "ab"})
+
+
+def seal_weights(root: str) -> ManifestRef:
+    """Seal a small stage without shards: two files of a model, a JSON file beside them."""
+    files = [
+        write_file(IDENTITY, root, "pipeline/unet/weights.bin", b"weights" * 1000),
+        write_file(IDENTITY, root, "pipeline/index.json", b"{}"),
+        write_file(IDENTITY, root, "losses.json", b"[1, 2]", rows=2),
+    ]
+    return seal_manifest(IDENTITY, root, files, counts={"steps": 10}, rejects=[Reject(sample_id="a", reason="b")])
+
+
+def seal_shards(root: str) -> ManifestRef:
+    return run_sharded_stage(IDENTITY, root, 2, lambda index: (pa.table({"x": [index] * 5, "y": ["a"] * 5}), []))
+
+
+def test_all_that_was_sealed_is_read_back(store_root: str) -> None:
+    ref = seal_weights(store_root)
+    manifest = open_manifest(ref.uri)
+    assert manifest.ref == ref == find_sealed(IDENTITY, store_root)
+    assert ref == ManifestRef(uri=IDENTITY.uri(store_root), stage="train", fingerprint=IDENTITY.fingerprint, rows=2)
+    assert manifest.identity == IDENTITY
+    assert manifest.counts == {"steps": 10}
+    assert manifest.rejects == (Reject(sample_id="a", reason="b"),)
+    assert manifest.versions["pyarrow"] == pa.__version__
+    assert manifest.shards == ()
+    assert [file.path for file in manifest.files] == [
+        "losses.json", "pipeline/index.json", "pipeline/unet/weights.bin",
+    ]  # fmt: skip
+    assert manifest.files[0] == StoredFile("losses.json", 2, 6, compute_digest(b"[1, 2]"))
+    assert manifest.read_file("losses.json") == b"[1, 2]"
+
+
+def test_manifest_is_a_table_that_anything_reads(tmp_store: str) -> None:
+    table = pq.read_table(Path(seal_weights(tmp_store).uri) / MANIFEST_NAME)
+    assert table.column_names == ["path", "rows", "bytes", "sha256"]
+    content = json.loads(table.schema.metadata[b"prompt_diffusion"])
+    assert content["fingerprint"] == IDENTITY.fingerprint
+    assert content["identity"] == IDENTITY.model_dump(mode="json")
+
+
+def test_unsealed_folder_is_refused_by_name(store_root: str) -> None:
+    uri = IDENTITY.uri(store_root)
+    write_file(IDENTITY, store_root, "losses.json", b"[]")
+    assert not is_sealed(uri)
+    assert find_sealed(IDENTITY, store_root) is None
+    with pytest.raises(UnsealedError, match=f"{uri} is not sealed"):
+        open_manifest(uri)
+
+
+@pytest.mark.parametrize("path", ["shard-00001.parquet", MANIFEST_NAME])
+def test_truncated_file_is_refused_by_name(store_root: str, path: str) -> None:
+    uri = join_uri(seal_shards(store_root).uri, path)
+    write_bytes(uri, read_bytes(uri)[:-1])
+    with pytest.raises(DamagedDataError, match=uri):
+        open_manifest(IDENTITY.uri(store_root))
+    with pytest.raises(DamagedDataError, match=uri):
+        find_sealed(IDENTITY, store_root)
+
+
+def test_altered_shard_is_refused_by_name(store_root: str) -> None:
+    manifest = open_manifest(seal_shards(store_root).uri)
+    uri = join_uri(manifest.ref.uri, "shard-00001.parquet")
+    data = bytearray(read_bytes(uri))
+    data[30] ^= 1
+    write_bytes(uri, bytes(data))
+    reopened = open_manifest(manifest.ref.uri)  # the sizes are right
+    assert reopened.read_shard(reopened.shards[0]).num_rows == 5
+    with pytest.raises(DamagedDataError, match=f"{uri} has the digest"):
+        reopened.read_shard(reopened.shards[1])
+    with pytest.raises(DamagedDataError, match=f"{uri} has the digest"):
+        reopened.read_table(["x"])
+
+
+def test_missing_shard_is_refused_by_name(tmp_store: str, tmp_path: Path) -> None:
+    manifest = open_manifest(seal_shards(tmp_store).uri)
+    missing = Path(manifest.ref.uri) / "shard-00000.parquet"
+    missing.unlink()
+    with pytest.raises(DamagedDataError, match=f"{missing} is missing"):
+        open_manifest(manifest.ref.uri)
+    with pytest.raises(DamagedDataError, match=f"{missing} is missing"):
+        manifest.read_table()
+    with pytest.raises(DamagedDataError, match=f"{missing} is missing"):
+        manifest.fetch_folder("", tmp_path / "cache")
+
+
+def test_damaged_stage_is_made_anew_as_its_refusal_says(tmp_store: str) -> None:
+    ref = seal_shards(tmp_store)
+    before = {name: read_bytes(join_uri(ref.uri, name)) for name in list_files(ref.uri)}
+    write_bytes(join_uri(ref.uri, "shard-00000.parquet"), b"damaged")
+    with pytest.raises(DamagedDataError, match=f"delete {ref.uri}/{MANIFEST_NAME} and run its stage again"):
+        seal_shards(tmp_store)
+    (Path(ref.uri) / MANIFEST_NAME).unlink()
+    assert seal_shards(tmp_store) == ref
+    assert {name: read_bytes(join_uri(ref.uri, name)) for name in list_files(ref.uri)} == before
+
+
+def test_wrong_row_count_is_refused(tmp_store: str) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"x": [1, 2, 3]}), sink)
+    shard = write_file(IDENTITY, tmp_store, "shard-00000.parquet", sink.getvalue().to_pybytes(), rows=4)
+    manifest = open_manifest(seal_manifest(IDENTITY, tmp_store, [shard], counts={}).uri)
+    with pytest.raises(DamagedDataError, match=r"shard-00000\.parquet has 3 rows, sealed with 4"):
+        manifest.read_table()
+
+
+def edit_manifest(uri: str, change: str) -> None:
+    """Rewrite a manifest as valid Parquet that says something else."""
+    path = Path(uri) / MANIFEST_NAME
+    table = pq.read_table(path)
+    content = json.loads(table.schema.metadata[b"prompt_diffusion"])
+    if change == "config":
+        content["identity"]["config"]["steps"] = 11
+    elif change == "rejects":
+        content["rejects"] = []
+    elif change == "digest gone":
+        del content["digest"]
+    elif change == "path":
+        paths = pa.array(["../../stolen", *table["path"].to_pylist()[1:]])
+        table = table.set_column(0, "path", paths)
+    metadata = {} if change == "metadata gone" else {b"prompt_diffusion": json.dumps(content).encode()}
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+
+
+@pytest.mark.parametrize("change", ["config", "rejects", "digest gone", "metadata gone", "path"])
+def test_altered_manifest_is_refused_by_name(tmp_store: str, change: str) -> None:
+    ref = seal_weights(tmp_store)
+    edit_manifest(ref.uri, "nothing")
+    assert open_manifest(ref.uri).ref == ref
+    edit_manifest(ref.uri, change)
+    with pytest.raises(DamagedDataError, match=f"{ref.uri}/{MANIFEST_NAME} cannot be used"):
+        open_manifest(ref.uri)
+
+
+def test_manifest_of_another_identity_in_its_place_is_refused(tmp_store: str) -> None:
+    other = IDENTITY.model_copy(update={"version": 4})
+    Path(seal_weights(tmp_store).uri).rename(Path(tmp_store) / "train" / other.fingerprint)
+    with pytest.raises(DamagedDataError, match=f"holds the manifest of {IDENTITY.fingerprint}"):
+        find_sealed(other, tmp_store)
+
+
+@pytest.mark.parametrize("path", ["../outside", "/etc/passwd", "", MANIFEST_NAME])
+def test_file_outside_its_folder_is_not_written(tmp_store: str, path: str) -> None:
+    with pytest.raises(DamagedDataError, match="cannot hold a file at the path"):
+        write_file(IDENTITY, tmp_store, path, b"x")
+    assert list_files(tmp_store) == []
+
+
+def test_seal_of_a_file_that_is_not_there_is_refused(store_root: str) -> None:
+    with pytest.raises(DamagedDataError, match=r"gone\.bin"):
+        seal_manifest(IDENTITY, store_root, [StoredFile("gone.bin", 0, 4, compute_digest(b"gone"))], counts={})
+    assert not is_sealed(IDENTITY.uri(store_root))
+
+
+def test_of_many_concurrent_seals_one_wins_and_all_return_it(store_root: str) -> None:
+    file = write_file(IDENTITY, store_root, "losses.json", b"[]")
+    start = threading.Barrier(12)
+
+    def seal(run: int) -> ManifestRef:
+        start.wait()
+        return seal_manifest(IDENTITY, store_root, [file], counts={"rows": run})
+
+    with ThreadPoolExecutor(12) as pool:
+        refs = list(pool.map(seal, range(12)))
+    assert {ref.rows for ref in refs} == {open_manifest(refs[0].uri).counts["rows"]}
+    assert list_files(refs[0].uri) == ["losses.json", MANIFEST_NAME]
+
+
+def test_late_run_changes_no_file_of_a_sealed_stage(store_root: str, tmp_path: Path) -> None:
+    ref = seal_weights(store_root)
+    late = write_file(IDENTITY, store_root, "losses.json", b"[3, 4]")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "index.json").write_bytes(b"[]")
+    late_folder = write_folder(IDENTITY, store_root, "pipeline", tmp_path / "model")
+    assert seal_manifest(IDENTITY, store_root, [late, *late_folder], counts={}) == ref
+    assert open_manifest(ref.uri).read_file("losses.json") == b"[1, 2]"
+    assert open_manifest(ref.uri).read_file("pipeline/index.json") == b"{}"
+
+
+def test_folder_is_written_and_fetched_as_it_was(store_root: str, tmp_path: Path) -> None:
+    source = tmp_path / "saved"
+    contents = {"index.json": b"{}", "unet/weights.bin": b"w" * 5_000_000, "vae/config.json": b""}
+    for name, data in contents.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(data)
+    files = write_folder(IDENTITY, store_root, "pipeline", source)
+    ref = seal_manifest(IDENTITY, store_root, [*files, write_file(IDENTITY, store_root, "c.json", b"1")], counts={})
+    folder = open_manifest(ref.uri).fetch_folder("pipeline", tmp_path / "cache")
+    assert {name: read_bytes(str(folder / name)) for name in list_files(str(folder))} == contents
+
+
+def test_second_fetch_copies_only_what_is_not_right(store_root: str, tmp_path: Path) -> None:
+    manifest = open_manifest(seal_weights(store_root).uri)
+    folder = manifest.fetch_folder("pipeline", tmp_path)
+    kept, damaged = folder / "index.json", folder / "unet" / "weights.bin"
+    mark = kept.stat().st_mtime_ns, kept.stat().st_ino
+    damaged.write_bytes(b"Weights" + damaged.read_bytes()[7:])
+    assert manifest.fetch_folder("pipeline", tmp_path) == folder
+    assert (kept.stat().st_mtime_ns, kept.stat().st_ino) == mark
+    assert damaged.read_bytes() == b"weights" * 1000
+
+
+def test_fetch_of_an_altered_file_leaves_nothing(store_root: str, tmp_path: Path) -> None:
+    manifest = open_manifest(seal_weights(store_root).uri)
+    uri = join_uri(manifest.ref.uri, "pipeline/unet/weights.bin")
+    write_bytes(uri, b"Weights" * 1000)
+    with pytest.raises(DamagedDataError, match=f"{uri} has the digest"):
+        manifest.fetch_folder("pipeline/unet", tmp_path / "cache")
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+
+
+def test_unknown_names_are_refused_with_what_there_is(tmp_store: str) -> None:
+    manifest = open_manifest(seal_shards(tmp_store).uri)
+    with pytest.raises(ValueError, match=r"has no column 'z', only x, y"):
+        manifest.read_table(["z"])
+    with pytest.raises(ValueError, match=r"has no file 'z', only shard-00000\.parquet, shard-00001\.parquet"):
+        manifest.read_file("z")
+    with pytest.raises(ValueError, match=r"has no files below 'pipeline'"):
+        manifest.fetch_folder("pipeline", Path(tmp_store))
+    assert manifest.read_table(["y"]).column_names == ["y"]

@@ -1,0 +1,129 @@
+import pytest
+
+from prompt_diffusion.presets import PRESET_NAMES, build_preset
+from prompt_diffusion.store.manifest import ManifestRef
+from prompt_diffusion.training.stage import TrainInputs, identify_train
+
+
+def list_leaves(content, path=()):
+    if isinstance(content, dict) and content:
+        for key, value in content.items():
+            yield from list_leaves(value, (*path, key))
+    else:
+        yield path, content
+
+
+def change(value):
+    """Return another value of the same kind."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, float):
+        return value * 0.5 if value else 0.25
+    if isinstance(value, int):
+        return value + 1
+    return None
+
+
+@pytest.fixture
+def inputs():
+    def ref(name):
+        return ManifestRef(uri=f"/store/{name}", stage="x", fingerprint=name, rows=1)
+
+    conditions = ("depth", "hed", "seg")
+    return TrainInputs(
+        pairs=ref("pairs"),
+        maps={name: ref(f"map-{name}") for name in conditions},
+        latents={name: ref(f"latent-{name}") for name in ("image", *conditions)},
+    )
+
+
+@pytest.mark.parametrize("name", PRESET_NAMES)
+def test_every_preset_survives_a_round_trip_through_json(name):
+    config = build_preset(name)
+    assert type(config).model_validate_json(config.model_dump_json()) == config
+
+
+def test_paper_has_the_published_values():
+    train, evaluate = build_preset("paper").train, build_preset("paper").evaluate
+    assert (train.batch_size, train.num_steps, train.optimizer.name, train.optimizer.learning_rate) == (
+        512,
+        5000,
+        "adamw",
+        1e-4,
+    )
+    assert (train.noise.prediction_type, train.noise.late_fraction) == ("epsilon", 0.0)
+    assert (train.dropout.text_map_to_image, train.dropout.example_pair, train.dropout.overlap) == (0.10, 0.10, 0.05)
+    assert (train.stem_channels, train.train_decoder) == ((16, 32, 96, 256), True)
+    assert (evaluate.num_samples, evaluate.image_to_map_num_inference_steps, evaluate.map_to_image_guidance_scale) == (
+        10_000,
+        100,
+        9.0,
+    )
+    assert build_preset("paper").ingest.image_size == 256
+
+
+def test_every_scientific_field_of_a_training_moves_its_fingerprint(inputs):
+    config = build_preset("demo").train
+    fingerprints = {identify_train(config, inputs).fingerprint}
+    leaves = [(path, change(value)) for path, value in list_leaves(config.model_dump()) if change(value) is not None]
+    shares = {"image_to_map_examples", "map_to_image_examples"}  # they must sum to 1: below
+    leaves = [(path, value) for path, value in leaves if path[0] not in shares]
+    changes = {f"train.{'.'.join(path)}": value for path, value in leaves}
+    changes |= {
+        "train.image_to_map_examples": {"same_row": 1.0},
+        "train.map_to_image_examples": {"same_row": 1.0},
+        "train.vision_tasks": ["image_to_hed"],
+        "train.optimizer.name": "adamw",
+        "train.optimizer.clip_norm": 1.0,
+        "train.noise.prediction_type": "epsilon",
+        "train.stem_channels": [8, 16, 32],
+    }
+    for key, value in changes.items():
+        fingerprint = identify_train(build_preset("demo", {key: value}).train, inputs).fingerprint
+        assert fingerprint not in fingerprints, key
+        fingerprints.add(fingerprint)
+    assert len(fingerprints) > 20
+
+
+def test_no_resource_field_moves_a_fingerprint(inputs):
+    expected = identify_train(build_preset("demo").train, inputs)
+    for path, value in list_leaves(build_preset("demo").resources.model_dump()):
+        if change(value) is not None:
+            overridden = build_preset("demo", {f"resources.{'.'.join(path)}": change(value)})
+            assert identify_train(overridden.train, inputs) == expected
+
+
+def test_a_baseline_gets_as_many_samples_of_its_vision_task_as_the_joint_model():
+    for name in PRESET_NAMES:
+        config = build_preset(name)
+        joint = config.train.batch_size * config.train.num_steps / len(config.train.vision_tasks)
+        baselines = config.baseline_trainings()
+        assert set(baselines) == set(config.train.vision_tasks)
+        for task, baseline in baselines.items():
+            assert baseline.vision_tasks == (task,)
+            assert baseline.method == "controlnet"
+            assert abs(baseline.batch_size * baseline.num_steps - joint) <= baseline.batch_size / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "sentence"),
+    [
+        ("demos", {}, "unknown preset 'demos': choose one of smoke, demo, paper"),
+        ("demo", {"train.batchsize": 3}, "unknown field 'train.batchsize': did you mean 'batch_size'"),
+        ("demo", {"trian.batch_size": 3}, "unknown field 'trian.batch_size': did you mean 'train'"),
+        ("demo", {"train.num_steps": 0}, "train.num_steps: Input should be greater than or equal to 1, got 0"),
+        ("demo", {"train.optimizer.name": "sgd"}, "train.optimizer.name: Input should be 'adamw' or 'muon', got 'sgd'"),
+        ("demo", {"train.vision_tasks": ["image_to_xray"]}, "unknown vision task 'image_to_xray'"),
+        ("demo", {"train.image_to_map_examples": {"same_row": 0.4}}, r"shares must sum to 1, they sum to 0\.4"),
+        ("demo", {"annotate.7.condition": "hed"}, "unknown field 'annotate.7.condition'"),
+    ],
+)
+def test_a_mistake_is_one_sentence_that_names_it(name, overrides, sentence):
+    with pytest.raises(ValueError, match=sentence) as caught:
+        build_preset(name, overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_base_is_changed_in_one_place():
+    config = build_preset("demo", {"train.base": "somewhere/else"})
+    assert config.encode.base == "somewhere/else"

@@ -1,0 +1,148 @@
+import io
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from prompt_diffusion.data.dataset import InContextData
+from prompt_diffusion.model.base import load_base
+from prompt_diffusion.model.pipeline import load_pipeline
+from prompt_diffusion.store.manifest import open_manifest
+from prompt_diffusion.training.config import TrainConfig, TrainResources
+from prompt_diffusion.training.launch import launch_training
+from prompt_diffusion.training.loss import InContextObjective, draw_sample
+from prompt_diffusion.training.stage import identify_train
+from prompt_diffusion.training.train import build_controlnet, read_targets, run_train, select_parameters
+from prompt_diffusion.training.world import World
+
+
+@pytest.fixture(scope="module")
+def data(train_inputs):
+    maps = {name: open_manifest(ref.uri) for name, ref in train_inputs.maps.items()}
+    return InContextData(open_manifest(train_inputs.pairs.uri), maps, "train")
+
+
+def build_objective(config, inputs, data):
+    base = load_base(config.base)
+    controlnet = build_controlnet(config, base)
+    parameters = select_parameters(config, base, controlnet)
+    return (
+        InContextObjective(config, base, controlnet, data, read_targets(inputs, data), torch.device("cpu")),
+        parameters,
+        base,
+    )
+
+
+def test_the_loss_of_a_sample_does_not_depend_on_its_micro_batch(train_inputs, tiny_config, data):
+    objective, _, _ = build_objective(tiny_config, train_inputs, data)
+    with torch.no_grad():
+        together, labels = objective.compute_losses(range(30, 42))
+        apart = [objective.compute_losses(range(i, i + 1)) for i in range(30, 42)]
+    torch.testing.assert_close(together, torch.cat([losses for losses, _ in apart]), rtol=1e-4, atol=1e-6)
+    assert labels == [label for _, [label] in apart]
+    assert len({round(float(x), 4) for x in together}) == 12
+
+
+def test_the_frozen_parts_get_no_gradient_and_the_trained_parts_do(train_inputs, tiny_config, data):
+    objective, parameters, base = build_objective(tiny_config, train_inputs, data)
+    torch.nn.init.normal_(objective.controlnet.query_stem.conv_out.weight)
+    torch.nn.init.normal_(objective.controlnet.example_stem.conv_out.weight)
+    for block in [*objective.controlnet.trunk.controlnet_down_blocks, objective.controlnet.trunk.controlnet_mid_block]:
+        torch.nn.init.normal_(block.weight)
+    objective.compute_losses(range(12))[0].sum().backward()
+    without = [name for name, p in parameters.items() if p.grad is None or not p.grad.abs().sum() > 0]
+    # a key's bias adds the same to every score of a softmax: its gradient is zero by mathematics, up to rounding
+    assert [name for name in without if "to_k.bias" not in name] == []
+    frozen = [p for name, p in base.unet.named_parameters() if f"unet.{name}" not in parameters]
+    frozen += [*base.vae.parameters(), *base.text_encoder.parameters()]
+    assert all(p.grad is None and not p.requires_grad for p in frozen)
+
+
+def test_published_dropout_is_one_uniform_number(data):
+    config = TrainConfig(image_to_map_examples={"same_row": 1.0}, map_to_image_examples={"same_row": 1.0})
+    draws = [draw_sample(config, data, i) for i in range(8000)]
+    no_text, no_pair = np.array([not d.has_text for d in draws]), np.array([not d.has_example for d in draws])
+    assert abs(no_text.mean() - 0.10) < 0.012
+    assert abs(no_pair.mean() - 0.10) < 0.012
+    assert abs((no_text & no_pair).mean() - 0.05) < 0.009
+
+
+def test_vision_tasks_and_rows_are_drawn_evenly(data, tiny_config):
+    draws = [draw_sample(tiny_config, data, i) for i in range(6000)]
+    counts = np.unique([d.vision_task.name for d in draws], return_counts=True)[1]
+    assert len(counts) == 6
+    assert abs(counts / 6000 - 1 / 6).max() < 0.02
+    assert np.ptp(np.bincount([d.row for d in draws])) <= 1
+
+
+def test_a_dropped_pair_is_mid_grey_and_a_kept_one_is_not(train_inputs, tiny_config, data):
+    config = tiny_config.model_copy(update={"dropout": tiny_config.dropout.model_copy(update={"example_pair": 0.5})})
+    objective, _, _ = build_objective(config, train_inputs, data)
+    draws = [draw_sample(config, data, i) for i in range(40)]
+    samples = [data.assemble(d.vision_task, d.row, d.example_row) for d in draws]
+    pairs = objective._example_pairs(draws, samples)
+    assert {d.has_example for d in draws} == {True, False}
+    for draw, pair in zip(draws, pairs, strict=True):
+        assert bool((pair == 0).all()) is not draw.has_example
+
+
+def test_a_sealed_training_is_a_pipeline_with_its_losses(train_inputs, tiny_config, tmp_path):
+    config = tiny_config.model_copy(update={"num_steps": 3})
+    events = []
+    ref = launch_training(config, train_inputs, str(tmp_path), TrainResources(log_every_steps=1), events.append)
+    manifest = open_manifest(ref.uri)
+    assert [event["step"] for event in events] == [1, 2, 3]
+    losses = pq.read_table(tmp_path / "train" / ref.fingerprint / "losses.parquet").to_pylist()
+    assert sum(row["num_samples"] for row in losses) == 3 * config.batch_size == manifest.counts["samples"]
+    pipeline = load_pipeline(manifest.fetch_folder("pipeline", tmp_path / "cache"))
+    fresh = load_base(config.base).unet.state_dict()
+    moved = {
+        name.split(".")[0] for name, value in pipeline.unet.state_dict().items() if not torch.equal(value, fresh[name])
+    }
+    assert moved == {"up_blocks", "conv_norm_out", "conv_out"}
+    assert manifest.read_file("grid.png").startswith(b"\x89PNG")
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    assert launch_training(config, train_inputs, str(tmp_path), TrainResources()) == ref
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+
+
+def test_two_processes_take_the_same_steps_as_one(train_inputs, tiny_config, tmp_path):
+    config = tiny_config.model_copy(update={"num_steps": 3})
+    tables = []
+    for size in (1, 2):
+        store = str(tmp_path / str(size))
+        ref = launch_training(config, train_inputs, store, TrainResources(num_processes=size))
+        tables.append(open_manifest(ref.uri).read_file("losses.parquet"))
+    one, two = (pq.read_table(io.BytesIO(data)).to_pydict() for data in tables)
+    assert one["vision_task"] == two["vision_task"]
+    assert one["num_samples"] == two["num_samples"]
+    np.testing.assert_allclose(one["loss"], two["loss"], rtol=1e-3)
+
+
+def test_a_baseline_has_no_example_stem(train_inputs, tiny_config, tmp_path):
+    config = tiny_config.model_copy(update={"method": "controlnet", "vision_tasks": ("hed_to_image",), "num_steps": 1})
+    ref = run_train(config, train_inputs, str(tmp_path), TrainResources(), World())
+    pipeline = load_pipeline(open_manifest(ref.uri).fetch_folder("pipeline", tmp_path / "cache"))
+    assert not pipeline.controlnet.uses_example_pair
+
+
+def test_a_training_depends_on_the_inputs_that_its_vision_tasks_read_and_on_no_other(train_inputs, tiny_config):
+    config = tiny_config.model_copy(update={"vision_tasks": ("image_to_hed",)})
+    changed = train_inputs.maps | {"depth": train_inputs.maps["depth"].model_copy(update={"fingerprint": "0" * 32})}
+    other = train_inputs.model_copy(update={"maps": changed})
+    assert identify_train(config, train_inputs).fingerprint == identify_train(config, other).fingerprint
+    assert identify_train(tiny_config, train_inputs).fingerprint != identify_train(tiny_config, other).fingerprint
+
+
+def test_a_recipe_that_the_base_was_not_trained_for_is_refused_before_the_first_step(
+    train_inputs, tiny_config, tmp_path
+):
+    wrong = tiny_config.model_copy(
+        update={"noise": tiny_config.noise.model_copy(update={"prediction_type": "epsilon"})}
+    )
+    with pytest.raises(ValueError, match=r"prediction_type is 'epsilon', but base .* was trained for 'v_prediction'"):
+        launch_training(wrong, train_inputs, str(tmp_path), TrainResources())
+    wrong = tiny_config.model_copy(update={"stem_channels": (4, 8)})
+    with pytest.raises(ValueError, match="give 3 channels"):
+        launch_training(wrong, train_inputs, str(tmp_path), TrainResources())
