@@ -11,7 +11,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -55,7 +55,7 @@ def list_sizes(uri: str) -> dict[str, int]:
     """Return the bytes of every file below a folder, by relative POSIX path, sorted; empty where there is none."""
     path = local_path(uri)
     if path is not None:
-        found = {file.relative_to(path).as_posix(): file.stat().st_size for file in path.rglob("*") if file.is_file()}
+        found = _list_folder(path)
     else:
         filesystem, key = _open_remote(uri)
         folder = filesystem._strip_protocol(key).rstrip("/") + "/"
@@ -239,6 +239,22 @@ def _check_size(uri: str, num_bytes: int) -> None:
         stored = int(filesystem.info(key)["size"])
     if stored != num_bytes:
         raise OSError(f"{uri} has {stored} bytes after a write of {num_bytes}")
+
+
+def _list_folder(folder: Path) -> dict[str, int]:
+    """Return the bytes of every file below a local folder; what another run takes away meanwhile is left out."""
+
+    def raise_unless_gone(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    found = {}
+    for parent, _, names in os.walk(folder, onerror=raise_unless_gone):
+        for name in names:
+            file = Path(parent, name)
+            with suppress(FileNotFoundError):
+                found[file.relative_to(folder).as_posix()] = file.stat().st_size
+    return found
 
 
 @contextmanager

@@ -62,6 +62,31 @@ def test_written_bytes_are_read_and_listed(store_root: str) -> None:
     assert list_files(join_uri(store_root, "b")) == ["one.bin", "two.bin"]
 
 
+def test_listing_bears_files_that_come_and_go(tmp_path: Path) -> None:
+    (tmp_path / "stays").write_bytes(b"1")
+    is_done = threading.Event()
+
+    def churn() -> None:
+        goers = [tmp_path / f"folder-{number}" / "goes" for number in range(20)]
+        while not is_done.is_set():
+            for file in goers:
+                file.parent.mkdir()
+                file.write_bytes(b"22")
+            for file in goers:
+                file.unlink()
+                file.parent.rmdir()
+
+    with ThreadPoolExecutor(1) as pool:
+        churning = pool.submit(churn)
+        try:
+            listings = [list_sizes(str(tmp_path)) for _ in range(300)]
+        finally:
+            is_done.set()
+        churning.result()
+    assert all(sizes["stays"] == 1 for sizes in listings)
+    assert any(len(sizes) > 1 for sizes in listings)
+
+
 def test_write_replaces_the_whole_file(store_root: str) -> None:
     uri = join_uri(store_root, "file")
     write_bytes(uri, b"a long first content")
