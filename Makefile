@@ -19,7 +19,7 @@ help:
 	@echo "make check   lint, format, types, import contracts"
 	@echo "make bench   every speed claim, measured"
 	@echo "make environment   only .venv; every other target does it first"
-	@echo "make lock    resolve requirements.lock anew"
+	@echo "make lock    resolve requirements.lock for what pyproject.toml asks now"
 
 environment: $(STAMP)
 
@@ -38,12 +38,14 @@ check: $(STAMP)
 bench: $(STAMP)
 	@set -e; for script in benchmarks/*.py; do $(BIN)/python "$$script"; done
 
+# Keeps every version that the lock has and the project still admits; `make lock ARGS=--upgrade` takes the newest.
 lock: $(UV)
 	mkdir -p build
-	sed '/^[^#]/,$$d' requirements.lock > build/requirements.lock
-	$(UV) pip compile pyproject.toml --all-extras --universal --python-version 3.11 \
-	  --no-emit-index-url --no-header --quiet >> build/requirements.lock
-	mv build/requirements.lock requirements.lock
+	cp requirements.lock build/requirements.lock
+	$(UV) pip compile pyproject.toml --all-extras --universal --python-version 3.11 $(ARGS) \
+	  --no-emit-index-url --no-header --quiet --output-file build/requirements.lock
+	(sed '/^[^#]/,$$d' requirements.lock; cat build/requirements.lock) > build/requirements.lock.new
+	mv build/requirements.lock.new requirements.lock
 
 # Compiled ahead: a Prefect server, its client and every training are processes of their own, and each would
 # otherwise compile thousands of modules again where the environment forbids writing byte code.

@@ -5,6 +5,7 @@ from prefect import flow
 from flows.run import Overrides, Preset, Upstream, start_run
 from flows.stages import obtain_maps, obtain_pairs
 from prompt_diffusion.store.manifest import ManifestRef
+from tasks.annotate import publish_maps
 
 
 @flow(name="annotate")
@@ -20,4 +21,7 @@ def annotate_six_task(
         upstream: What to do about earlier stages that are not sealed yet: make them, or fail and name the first.
     """
     run = start_run(preset, overrides, store, upstream)
-    return obtain_maps(run.making(), obtain_pairs(run))
+    pairs = obtain_pairs(run)
+    maps = obtain_maps(run.making(), pairs)
+    publish_maps(pairs, maps)
+    return maps

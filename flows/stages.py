@@ -8,14 +8,17 @@ from prefect import Task
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.run import Run
+from flows.workers import start_workers
+from prompt_diffusion.annotators.config import EXACT
 from prompt_diffusion.evaluation.cells import build_cell_config
 from prompt_diffusion.evaluation.config import METHODS, EvalResources
 from prompt_diffusion.evaluation.features import resolve_extractor
 from prompt_diffusion.evaluation.generate import build_generate_config
 from prompt_diffusion.evaluation.trivial import build_trivial_config
-from prompt_diffusion.store.manifest import ManifestRef, UnsealedError, find_sealed
+from prompt_diffusion.store.manifest import ManifestRef, UnsealedError, find_sealed, is_sealed, open_manifest
+from prompt_diffusion.store.records import MadeShard
 from prompt_diffusion.training.stage import IMAGE_TARGET, TrainInputs
-from tasks.annotate import annotate
+from tasks.annotate import annotate, annotate_part
 from tasks.benchmark import make_benchmark
 from tasks.caching import identify_stage
 from tasks.evaluate import generate, measure, measure_in_context, measure_trivial
@@ -61,6 +64,20 @@ def obtain_all(run: Run, stage: Stage, several: Sequence[Mapping[str, Any]], at_
         return [future.result() for future in futures]
 
 
+def make_parts(run: Run, inputs: Mapping[str, Any]) -> list[MadeShard]:
+    """Have the workers make an annotation's shards; none where it is sealed, exact, or too small to be shared."""
+    fan_out, config = run.config.resources.annotate_fan_out, inputs["config"]
+    indices = list(range(len(open_manifest(inputs["pairs"].uri).shards)))
+    is_small = len(indices) <= fan_out.shards_per_part
+    if config.annotator == EXACT or is_small or is_sealed(identify_stage(annotate, inputs).uri(run.store)):
+        return []
+    parts = [indices[start : start + fan_out.shards_per_part] for start in indices[:: fan_out.shards_per_part]]
+    common = {**inputs, "store": run.store, "devices": fan_out.devices}
+    with start_workers(fan_out) as workers:
+        futures = [workers.submit(annotate_part, {**common, "indices": part}) for part in parts]
+        return [shard for future in futures for shard in future.result()]
+
+
 def require(stage: Stage, parameters: Mapping[str, Any]) -> ManifestRef:
     """Return a stage's sealed output; UnsealedError names the stage that is not sealed."""
     identity = identify_stage(stage, parameters)
@@ -77,11 +94,18 @@ def obtain_pairs(run: Run) -> ManifestRef:
 
 
 def obtain_maps(run: Run, pairs: ManifestRef) -> dict[str, ManifestRef]:
-    """Return the condition maps of the image pairs, by condition."""
-    resources = run.config.resources.annotate
-    several = [{"config": config, "pairs": pairs, "resources": resources} for config in run.config.annotate]
-    maps = obtain_all(run, annotate, several)
-    return {config.condition: ref for config, ref in zip(run.config.annotate, maps, strict=True)}
+    """Return the condition maps of the image pairs, by condition; a large annotation is made in parts, by many workers."""
+    maps: dict[str, ManifestRef] = {}
+    for config in run.config.annotate:
+        inputs = {
+            "config": config,
+            "pairs": pairs,
+            "resources": run.config.resources.annotate,
+            "ingest": run.config.ingest,
+        }
+        made = make_parts(run, inputs) if run.upstream == "make" else []
+        maps[config.condition] = obtain(run, annotate, **inputs, made=made)
+    return maps
 
 
 def obtain_inputs(run: Run, pairs: ManifestRef, maps: dict[str, ManifestRef]) -> TrainInputs:

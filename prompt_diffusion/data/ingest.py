@@ -16,6 +16,7 @@ from prompt_diffusion.data.sources.photos import PhotosConfig, PhotosSource
 from prompt_diffusion.data.sources.scenes import ScenesConfig, ScenesSource
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import ManifestRef, Reject, find_sealed
+from prompt_diffusion.store.records import OnProgress
 from prompt_diffusion.store.sharded import ShardRows, run_sharded_stage
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,10 @@ SourceConfig = Annotated[
 _SOURCES: dict[str, Callable[[Any, int], Source]] = {
     "scenes": ScenesSource,
     "photos": PhotosSource,
+    "image_folder": ImageFolderSource,
+    "instruct_pix2pix": open_instruct_pix2pix,
+}
+_NATIVE_SOURCES: dict[str, Callable[[Any, None], Source]] = {
     "image_folder": ImageFolderSource,
     "instruct_pix2pix": open_instruct_pix2pix,
 }
@@ -61,6 +66,15 @@ def build_source(config: IngestConfig) -> Source:
     return _SOURCES[config.source.kind](config.source, config.image_size)
 
 
+def build_native_source(config: IngestConfig) -> Source:
+    """Return the same source with its image files as they are, not resized; ValueError where it has no files."""
+    if config.source.kind not in _NATIVE_SOURCES:
+        raise ValueError(
+            f"the source {config.source.kind} has no image files of its own resolution: annotate at resolution 'training'"
+        )
+    return _NATIVE_SOURCES[config.source.kind](config.source, None)
+
+
 def identify_ingest(config: IngestConfig) -> StageIdentity:
     """Return what determines the ingested pairs: the scientific fields and the source's content, wherever it lies."""
     return _identify(config, build_source(config))
@@ -72,9 +86,7 @@ def _identify(config: IngestConfig, source: Source) -> StageIdentity:
     return StageIdentity(stage=STAGE, version=VERSION, config=content, inputs={"source": source.digest()})
 
 
-def run_ingest(
-    config: IngestConfig, store_root: str, on_progress: Callable[[int, int, int], None] | None = None
-) -> ManifestRef:
+def run_ingest(config: IngestConfig, store_root: str, on_progress: OnProgress | None = None) -> ManifestRef:
     """Ingest the source into shards of image pairs and seal them; at once if they are sealed already.
 
     ValueError where the source is not what it claims to be, has no sample, or more of it is broken than the budget.

@@ -66,6 +66,8 @@ def _normalise(image: Image.Image) -> Pixels:
         if wide.size and (wide.min() < 0 or wide.max() > 65535):
             raise _RefusedImageError(f"the image has grey values from {wide.min()} to {wide.max()}, beyond 16 bit")
         grey = ((wide + 128) // 257).astype(np.uint8)
+        if "transparency" in image.info:
+            grey[wide == image.info["transparency"]] = 255
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         layer = image.convert("RGBA")

@@ -6,7 +6,7 @@ the others of its batch, and a run that was killed goes on with the same picture
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
@@ -22,6 +22,7 @@ from prompt_diffusion.evaluation.models import open_pipeline
 from prompt_diffusion.evaluation.rmse import ImageArray
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import ManifestRef, find_sealed, open_manifest
+from prompt_diffusion.store.records import OnProgress
 from prompt_diffusion.store.sharded import ShardRows, run_sharded_stage
 from prompt_diffusion.vision_tasks import ExamplePolicy, find_vision_task
 
@@ -103,7 +104,7 @@ def run_generate(
     maps: Mapping[str, ManifestRef],
     store_root: str,
     resources: EvalResources,
-    on_progress: Callable[[int, int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> ManifestRef:
     """Generate the images that are missing and seal; ValueError where the split has fewer rows than are asked for."""
     identity = identify_generate(config, model, pairs, maps)

@@ -7,7 +7,7 @@ nearest to by RMSE. A model that reads the pair puts every output of a row under
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
@@ -20,6 +20,7 @@ from prompt_diffusion.evaluation.generate import GenerateConfig, find_map, ident
 from prompt_diffusion.evaluation.rmse import ImageArray, compute_image_errors
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import ManifestRef, find_sealed, open_manifest, seal_manifest, write_file
+from prompt_diffusion.store.records import OnProgress
 from prompt_diffusion.vision_tasks import VISION_TASKS
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def run_in_context(
     maps: Mapping[str, ManifestRef],
     store_root: str,
     resources: EvalResources,
-    on_progress: Callable[[int, int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> ManifestRef:
     """Generate under every kind of pair, say which map came out, and seal the counts as in_context.json."""
     identity = identify_in_context(config, model, pairs, maps)

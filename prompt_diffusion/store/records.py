@@ -1,5 +1,6 @@
 """The small values that manifests are made of, and the two ways in which a folder is refused."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
@@ -51,3 +52,33 @@ class StoredFile:
     """Size."""
     sha256: str
     """Digest of the content, 64 hex digits."""
+
+
+class MadeShard(BaseModel):
+    """One finished shard: what the manifest says of it, and the samples that it leaves out."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    index: int
+    """Its number."""
+    file: StoredFile
+    """The file."""
+    rejects: tuple[Reject, ...] = ()
+    """What was left out of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardProgress:
+    """Where a sharded stage stands."""
+
+    num_done: int
+    """Shards that are finished, those of earlier runs among them."""
+    num_shards: int
+    """Shards in all."""
+    num_rows: int
+    """Rows in the finished shards."""
+    num_rejects: int
+    """Samples that they leave out."""
+
+
+OnProgress = Callable[[ShardProgress], None]

@@ -2,21 +2,17 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prompt_diffusion.store.codec import METADATA_KEY
+from prompt_diffusion.store.concurrency import map_ahead
 from prompt_diffusion.store.fingerprint import StageIdentity, write_canonical_json
-from prompt_diffusion.store.manifest import (
-    ManifestRef,
-    Reject,
-    StoredFile,
-    describe_file,
-    find_sealed,
-    seal_manifest,
-)
+from prompt_diffusion.store.manifest import describe_file, find_sealed, seal_manifest
+from prompt_diffusion.store.records import MadeShard, ManifestRef, OnProgress, Reject, ShardProgress
 from prompt_diffusion.store.storage import create_bytes, join_uri, read_bytes, write_bytes
 
 logger = logging.getLogger(__name__)
@@ -33,31 +29,66 @@ def run_sharded_stage(
     num_shards: int,
     make_shard: Callable[[int], ShardRows],
     *,
+    made: Iterable[MadeShard] = (),
+    num_at_once: int = 1,
     reject_budget: float = 0.01,
-    on_progress: Callable[[int, int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> ManifestRef:
     """Make the shards of a stage that are missing, seal, and return the reference; at once if it is sealed already.
 
-    `make_shard(index)` must depend on the identity and the index alone. `on_progress` hears (shards done, shards, rows
-    so far). ValueError, before sealing, if more than `reject_budget` of all samples were rejected.
+    `make_shard(index)` must depend on the identity and the index alone; `num_at_once` threads call it. `made` are
+    shards that `make_shards` reported elsewhere: they are not read again, only their sizes are checked before sealing.
+    ValueError, before sealing, if more than `reject_budget` of all samples were rejected.
     """
     sealed = find_sealed(identity, store_root)
     if sealed is not None:
         return sealed
     if num_shards < 1:
         raise ValueError(f"stage {identity.stage} has {num_shards} shards to make: there is nothing to do")
-    files: list[StoredFile] = []
-    rejects: list[Reject] = []
-    for index in range(num_shards):
-        file, shard_rejects = _find_or_make_shard(identity, store_root, index, num_shards, make_shard)
-        files.append(file)
-        rejects.extend(shard_rejects)
-        if on_progress is not None:
-            on_progress(index + 1, num_shards, sum(file.rows for file in files))
-    num_rows = sum(file.rows for file in files)
+    known = {shard.index: shard for shard in made}
+    missing = [index for index in range(num_shards) if index not in known]
+    shards = make_shards(
+        identity, store_root, num_shards, make_shard, missing, num_at_once=num_at_once, on_progress=on_progress
+    )
+    shards = sorted([*known.values(), *shards], key=lambda shard: shard.index)
+    rejects = [reject for shard in shards for reject in shard.rejects]
+    num_rows = sum(shard.file.rows for shard in shards)
     _check_rejects(identity, num_rows, rejects, reject_budget)
     counts = {"rows": num_rows, "rejects": len(rejects)}
-    return seal_manifest(identity, store_root, files, counts=counts, rejects=rejects)
+    return seal_manifest(identity, store_root, [shard.file for shard in shards], counts=counts, rejects=rejects)
+
+
+def make_shards(
+    identity: StageIdentity,
+    store_root: str,
+    num_shards: int,
+    make_shard: Callable[[int], ShardRows],
+    indices: Sequence[int],
+    *,
+    num_at_once: int = 1,
+    on_progress: OnProgress | None = None,
+) -> list[MadeShard]:
+    """Find or make some of a stage's shards, and seal nothing: what one of many workers does; progress is of its own."""
+
+    def find_or_make(index: int) -> MadeShard:
+        return _find_or_make_shard(identity, store_root, index, num_shards, make_shard)
+
+    shards: list[MadeShard] = []
+    num_rows = num_rejects = 0
+    pool = ThreadPoolExecutor(num_at_once, thread_name_prefix="shard")
+    try:
+        # Alone, a shard is made in this thread, which an interrupt reaches.
+        found = map(find_or_make, indices) if num_at_once == 1 else map_ahead(pool, find_or_make, indices, num_at_once)
+        for shard in found:
+            shards.append(shard)
+            num_rows += shard.file.rows
+            num_rejects += len(shard.rejects)
+            if on_progress is not None:
+                on_progress(ShardProgress(len(shards), len(indices), num_rows, num_rejects))
+    finally:
+        # Not waited for: after an error, whoever gives `make_shard` its means takes them away, and it ends.
+        pool.shutdown(wait=False, cancel_futures=True)
+    return shards
 
 
 def name_shard(index: int) -> str:
@@ -82,12 +113,12 @@ def encode_shard(table: pa.Table) -> bytes:
 
 def _find_or_make_shard(
     identity: StageIdentity, store_root: str, index: int, num_shards: int, make_shard: Callable[[int], ShardRows]
-) -> tuple[StoredFile, list[Reject]]:
+) -> MadeShard:
     """Return the shard that an earlier run left, or make it."""
     name = name_shard(index)
     uri = join_uri(identity.uri(store_root), name)
     header: dict[str, str | int] = {"fingerprint": identity.fingerprint, "shard": index, "num_shards": num_shards}
-    left, is_damaged = _read_leftover(uri, name, header)
+    left, is_damaged = _read_leftover(uri, index, header)
     if left is not None:
         return left
     table, rejects = make_shard(index)
@@ -98,16 +129,14 @@ def _find_or_make_shard(
         write_bytes(uri, data)
     elif not create_bytes(uri, data):
         # Another run made it meanwhile, and may be about to seal it: what lies there counts, not ours.
-        left, is_damaged = _read_leftover(uri, name, header)
+        left, is_damaged = _read_leftover(uri, index, header)
         if left is not None:
             return left
         write_bytes(uri, data)
-    return describe_file(name, data, table.num_rows), rejects
+    return MadeShard(index=index, file=describe_file(name, data, table.num_rows), rejects=tuple(rejects))
 
 
-def _read_leftover(
-    uri: str, name: str, header: dict[str, str | int]
-) -> tuple[tuple[StoredFile, list[Reject]] | None, bool]:
+def _read_leftover(uri: str, index: int, header: dict[str, str | int]) -> tuple[MadeShard | None, bool]:
     """Return the whole shard of this identity that lies there, if any, and whether something else is in its place."""
     try:
         data = read_bytes(uri)
@@ -118,7 +147,7 @@ def _read_leftover(
         content = json.loads((file.schema_arrow.metadata or {})[METADATA_KEY])
         if {key: content[key] for key in header} != header:
             raise ValueError(f"it belongs to shard {content['shard']} of {content['num_shards']}")
-        rejects = [Reject.model_validate(reject) for reject in content["rejects"]]
+        rejects = tuple(Reject.model_validate(reject) for reject in content["rejects"])
         table = file.read()
         # Page checksums leave headers and footer out; our own writer can vouch for every byte, another version cannot.
         if file.metadata.created_by == _WRITER and encode_shard(table) != data:
@@ -127,7 +156,7 @@ def _read_leftover(
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         logger.warning("%s was left behind and cannot be used (%s): made again", uri, reason)
         return None, True
-    return (describe_file(name, data, table.num_rows), rejects), False
+    return MadeShard(index=index, file=describe_file(name_shard(index), data, table.num_rows), rejects=rejects), False
 
 
 def _check_rejects(identity: StageIdentity, num_rows: int, rejects: Sequence[Reject], budget: float) -> None:

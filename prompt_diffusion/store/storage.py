@@ -2,25 +2,34 @@
 
 A URI is a `str`: a local path, `file://...` or `s3://bucket/key`. Any other scheme that fsspec knows (`hf://`,
 `https://`) can be read and listed, never written. S3 finds its endpoint and keys in the standard AWS variables
-(`AWS_ENDPOINT_URL`).
+(`AWS_ENDPOINT_URL`). A store that fails is asked again as `retries.py` says, then a StoreError names the URI and the reason.
 """
 
 import logging
 import os
 import shutil
-import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 
+from prompt_diffusion.store.retries import (
+    StoreError,
+    ask_store,
+    build_client_config,
+    describe_error,
+    upload_until_stored,
+)
+
 logger = logging.getLogger(__name__)
 
-_NUM_CONFLICT_TRIES = 5
+_Answer = TypeVar("_Answer")
+
 _TEMPORARY_SUFFIX = ".tmp~"
+_MARK_NAME = "upload"
 
 
 def join_uri(root: str, *parts: str) -> str:
@@ -45,7 +54,7 @@ def exists(uri: str) -> bool:
         return path.exists()
     filesystem, key = _open_remote(uri)
     try:
-        filesystem.info(key)
+        _ask(uri, "look up", lambda: filesystem.info(key))
     except FileNotFoundError:
         return False
     return True
@@ -62,7 +71,7 @@ def list_sizes(uri: str) -> dict[str, int]:
         # A key that ends in a slash is a folder marker of a web console, not a file of ours.
         found = {
             name.removeprefix(folder): int(entry["size"])
-            for name, entry in filesystem.find(key, detail=True).items()
+            for name, entry in _ask(uri, "list", lambda: filesystem.find(key, detail=True)).items()
             if name.startswith(folder) and not name.endswith("/")
         }
     return {name: found[name] for name in sorted(found) if not name.endswith(_TEMPORARY_SUFFIX)}
@@ -80,7 +89,7 @@ def read_bytes(uri: str) -> bytes:
         if path is not None:
             return path.read_bytes()
         filesystem, key = _open_remote(uri)
-        return bytes(filesystem.cat_file(key))
+        return bytes(_ask(uri, "read", lambda: filesystem.cat_file(key)))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no file {uri}") from error
 
@@ -90,11 +99,7 @@ def open_input(uri: str) -> Iterator[BinaryIO]:
     """Open a file for seekable reading, as `pyarrow.parquet.ParquetFile` needs it; FileNotFoundError names the URI."""
     path = local_path(uri)
     try:
-        if path is not None:
-            file = path.open("rb")
-        else:
-            filesystem, key = _open_remote(uri)
-            file = filesystem.open(key, "rb")
+        file = path.open("rb") if path is not None else _open_remote_file(uri)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no file {uri}") from error
     with file:
@@ -102,45 +107,44 @@ def open_input(uri: str) -> Iterator[BinaryIO]:
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write a file atomically, over what was there; OSError where the store then holds another size."""
+    """Write a file atomically, over what was there; OSError where the store then holds something else."""
     path = local_path(uri)
-    if path is not None:
+    if path is None:
+        _upload(uri, len(data), lambda filesystem, key, options: filesystem.pipe_file(key, data, **options))
+    else:
         with _temporary_file(path, data) as temporary:
             temporary.replace(path)
-    else:
-        filesystem, key = _open_s3(uri)
-        filesystem.pipe_file(key, data)
-    _check_size(uri, len(data))
 
 
 def write_from(uri: str, source: Path) -> None:
-    """Write a local file to a URI atomically without holding it in memory; OSError where the sizes then differ."""
+    """Write a local file to a URI atomically without holding it in memory; OSError as `write_bytes` raises it."""
     path = local_path(uri)
-    if path is not None:
+    if path is None:
+        num_bytes = source.stat().st_size
+        _upload(uri, num_bytes, lambda filesystem, key, options: filesystem.put_file(str(source), key, **options))
+    else:
         with _temporary_file(path, source) as temporary:
             temporary.replace(path)
-    else:
-        filesystem, key = _open_s3(uri)
-        filesystem.put_file(str(source), key)
-    _check_size(uri, source.stat().st_size)
 
 
 def create_bytes(uri: str, data: bytes) -> bool:
-    """Write a file only if nothing lies there, atomically; True if this call, of all that race, created it."""
+    """Write a file only if nothing lies there, atomically; True if this call, of all that race, created it.
+
+    That holds even where the answer of the creating request is lost and its retry finds the file in place.
+    """
     path = local_path(uri)
     if path is None:
-        created = _create_object(uri, data)
-    else:
-        with _temporary_file(path, data) as temporary:
-            try:
-                # A rename would replace silently; a hard link is the atomic "create whole, or not at all" of POSIX.
-                path.hardlink_to(temporary)
-                created = True
-            except FileExistsError:
-                created = False
-    if created:
-        _check_size(uri, len(data))
-    return created
+        return _upload(
+            uri, len(data), lambda filesystem, key, options: filesystem.pipe_file(key, data, mode="create", **options)
+        )
+    with _temporary_file(path, data) as temporary:
+        try:
+            # A rename would replace silently; a hard link is the atomic "create whole, or not at all" of POSIX.
+            path.hardlink_to(temporary)
+        except FileExistsError:
+            # NFS sends a link again when its answer is lost, and then meets its own: link(2) says to count the links.
+            return temporary.stat().st_nlink > 1
+    return True
 
 
 def delete_folder(uri: str) -> None:
@@ -156,13 +160,16 @@ def delete_folder(uri: str) -> None:
     assert "/" in key, f"{uri} is a bucket, not a folder in one"
     names = [f"{key}/{name}" for name in list_files(uri)]
     if names:
-        filesystem.rm(names)
+        _ask(uri, "delete", lambda: filesystem.rm(names))
+        # S3 says 200 to a bulk delete that failed for some keys, and s3fs does not look.
+        left = {f"{key}/{name}" for name in list_files(uri)} & set(names)
+        if left:
+            raise StoreError(f"cannot delete {uri}: {len(left)} of {len(names)} files are still there")
 
 
 def check_writable(root: str) -> None:
     """Write and remove a probe below `root`; ValueError with the URI and the reason where that cannot be done."""
     probe = join_uri(root, f".probe-{uuid.uuid4().hex}")
-    failures: tuple[type[Exception], ...] = (OSError, *_list_remote_errors())
     try:
         if local_path(root) is None:
             _check_bucket(root)
@@ -171,8 +178,8 @@ def check_writable(root: str) -> None:
         _delete_file(probe)
     except ImportError as error:
         raise ValueError(f"cannot write to the store {root}: install the extra 's3' ({error})") from error
-    except failures as error:
-        raise ValueError(f"cannot write to the store {root}: {_describe_error(error)}") from error
+    except OSError as error:
+        raise ValueError(f"cannot write to the store {root}: {describe_error(error.__cause__ or error)}") from error
     if not created or created_again:
         logger.warning("the store %s ignores conditional writes: two runs that end at once may both seal", root)
 
@@ -191,26 +198,38 @@ def _open_s3(uri: str) -> tuple[Any, str]:
     if not uri.startswith("s3://") or not key:
         raise ValueError(f"cannot write to {uri}: a store is a folder or s3://bucket/prefix")
     # Listings must not be remembered: other processes write here too.
-    return fsspec.filesystem("s3", use_listings_cache=False), key
+    filesystem = fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=build_client_config())
+    # Its own retries would multiply botocore's: 5 times as many requests before a write fails, 25 times for a read.
+    filesystem.retries = 1
+    return filesystem, key
 
 
-def _create_object(uri: str, data: bytes) -> bool:
-    """Put an object with `If-None-Match: *`; False if another lies there."""
+def _open_remote_file(uri: str) -> Any:  # noqa: ANN401
+    """Return an open file of a remote URI; on S3 every range that is read of it is asked for as a whole file is."""
+    filesystem, key = _open_remote(uri)
+    file = _ask(uri, "read", lambda: filesystem.open(key, "rb"))
+    if uri.startswith("s3://"):
+        fetch = file.cache.fetcher
+        file.cache.fetcher = lambda start, end: _ask(uri, "read", lambda: fetch(start, end))
+    return file
+
+
+def _upload(uri: str, num_bytes: int, send: Callable[[Any, str, dict[str, Any]], object]) -> bool:
+    """Send an object until it lies there; False where `send` is a create and another object lies there."""
     filesystem, key = _open_s3(uri)
-    for attempt in range(_NUM_CONFLICT_TRIES):
+    bucket, _, name = key.partition("/")
+
+    def send_marked(mark: str) -> None:
+        _ask(uri, "write", lambda: send(filesystem, key, {"Metadata": {_MARK_NAME: mark}}))
+
+    def look() -> tuple[int, str | None] | None:
         try:
-            filesystem.pipe_file(key, data, mode="create")
-            return True
-        except OSError as error:
-            # A lost condition is FileExistsError only where the server's answer names the header, else plain OSError.
-            code = _read_error_code(error)
-            if isinstance(error, FileExistsError) or code in ("PreconditionFailed", "412"):
-                return False
-            # AWS answers 409 while another conditional write of the same key is in flight: ask again.
-            if code != "ConditionalRequestConflict" or attempt == _NUM_CONFLICT_TRIES - 1:
-                raise
-            time.sleep(0.1 * 2**attempt)
-    raise AssertionError("the last attempt returns or raises")
+            head = _ask(uri, "look up", lambda: filesystem.call_s3("head_object", Bucket=bucket, Key=name))
+        except FileNotFoundError:
+            return None
+        return int(head["ContentLength"]), head.get("Metadata", {}).get(_MARK_NAME)
+
+    return upload_until_stored(uri, num_bytes, send_marked, look)
 
 
 def _check_bucket(uri: str) -> None:
@@ -218,34 +237,16 @@ def _check_bucket(uri: str) -> None:
     filesystem, key = _open_s3(uri)
     bucket = key.split("/")[0]
     try:
-        filesystem.info(bucket)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"there is no bucket {bucket!r}") from error
-
-
-def _read_error_code(error: BaseException) -> str | None:
-    """Return S3's own code of an error that s3fs translated, if it has one."""
-    response = getattr(error.__cause__, "response", None)
-    return str(response["Error"].get("Code")) if isinstance(response, dict) and "Error" in response else None
-
-
-def _check_size(uri: str, num_bytes: int) -> None:
-    """Raise OSError unless the file has that size: an upload can be answered 200 with an error in its body."""
-    path = local_path(uri)
-    if path is not None:
-        stored = path.stat().st_size
-    else:
-        filesystem, key = _open_s3(uri)
-        stored = int(filesystem.info(key)["size"])
-    if stored != num_bytes:
-        raise OSError(f"{uri} has {stored} bytes after a write of {num_bytes}")
+        _ask(f"s3://{bucket}", "look up", lambda: filesystem.info(bucket))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no bucket {bucket!r}") from None
 
 
 def _list_folder(folder: Path) -> dict[str, int]:
     """Return the bytes of every file below a local folder; what another run takes away meanwhile is left out."""
 
     def raise_unless_gone(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
             raise error
 
     found = {}
@@ -272,6 +273,10 @@ def _temporary_file(path: Path, content: bytes | Path) -> Iterator[Path]:
             file.flush()
             os.fsync(file.fileno())
         yield temporary
+    except OSError as error:
+        # A full disk is told by write, which knows no name.
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -282,19 +287,24 @@ def _delete_file(uri: str) -> None:
         path.unlink()
     else:
         filesystem, key = _open_s3(uri)
-        filesystem.rm_file(key)
+        _ask(uri, "delete", lambda: filesystem.rm_file(key))
 
 
-def _list_remote_errors() -> tuple[type[Exception], ...]:
-    """Return what botocore raises before a server answers (no keys, no endpoint); empty without the extra 's3'."""
+def _ask(uri: str, verb: str, call: Callable[[], _Answer]) -> _Answer:
+    """Return what `call` gets from a remote store; StoreError `cannot {verb} {uri}: ...` once patience ends."""
     try:
-        from botocore.exceptions import BotoCoreError  # type: ignore[import-untyped]
-    except ModuleNotFoundError:
-        return ()
-    return (BotoCoreError,)
-
-
-def _describe_error(error: Exception) -> str:
-    """Return the reason of a failed write in one line."""
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(reason.split()) or type(error).__name__
+        from aiobotocore.response import AioReadTimeoutError  # type: ignore[import-untyped]
+        from aiohttp import ClientError, ClientPayloadError
+        from botocore.exceptions import (  # type: ignore[import-untyped]
+            BotoCoreError,
+            IncompleteReadError,
+            ResponseStreamingError,
+        )
+        from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
+    except ModuleNotFoundError:  # without the extra 's3'
+        return ask_store(uri, verb, call, failures=(OSError,), broken=())
+    # No answer at all is not among the broken ones: the client has waited for it more than once already.
+    broken = (AioReadTimeoutError, ClientPayloadError, IncompleteReadError, ResponseStreamingError, ResponseParserError)
+    return ask_store(
+        uri, verb, call, failures=(OSError, BotoCoreError, ClientError, ResponseParserError), broken=broken
+    )

@@ -3,7 +3,6 @@
 There is no augmentation, so sampling from the stored mean and standard deviation loses nothing against the encoder itself.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from prompt_diffusion.data.transforms import decode_image, to_model_range
 from prompt_diffusion.model.references import base_digest
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import ManifestRef, Reject, open_manifest
+from prompt_diffusion.store.records import OnProgress
 from prompt_diffusion.store.sharded import run_sharded_stage
 
 VERSION = 1
@@ -47,7 +47,7 @@ def run_encode(
     config: EncodeConfig,
     images: ManifestRef,
     store_root: str,
-    on_progress: Callable[[int, int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> ManifestRef:
     """Seal ``sample_id``, ``edited_mean`` and ``edited_std`` (latents already scaled), shards aligned with the images'."""
     manifest, column = open_manifest(images.uri), _COLUMNS[images.stage]

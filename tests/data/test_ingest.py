@@ -1,8 +1,13 @@
+import io
 import json
+import os
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from pydantic import ValidationError
 
 from prompt_diffusion.data.ingest import IngestConfig, assign_splits, identify_ingest, run_ingest
@@ -10,8 +15,12 @@ from prompt_diffusion.data.records import IMAGE_PAIR_SCHEMA
 from prompt_diffusion.data.sources.base import SampleKey
 from prompt_diffusion.data.sources.export import write_instruct_pix2pix_folder, write_instruct_pix2pix_parquet
 from prompt_diffusion.data.sources.photos import PhotosConfig, PhotosSource
+from prompt_diffusion.store import retries
 from prompt_diffusion.store.manifest import find_sealed, open_manifest
-from prompt_diffusion.store.storage import list_sizes
+from prompt_diffusion.store.records import ShardProgress
+from prompt_diffusion.store.retries import StoreError
+from prompt_diffusion.store.storage import join_uri, list_sizes, write_bytes
+from tests.store.fault_proxy import serve_fault_proxy
 
 FRACTIONS = (0.90, 0.05, 0.05)
 
@@ -62,8 +71,8 @@ def test_a_killed_run_makes_the_missing_shards_only_and_the_same_bytes(tmp_store
     class KilledError(Exception):
         pass
 
-    def kill(done: int, total: int, rows: int) -> None:
-        if done == 2:
+    def kill(progress: ShardProgress) -> None:
+        if progress.num_done == 2:
             raise KilledError
 
     with pytest.raises(KilledError):
@@ -178,6 +187,82 @@ def test_rejects_are_sealed_with_their_reasons_and_counts_add_up(folder: Path, s
     assert set(reasons) == {*(f"coffee/{seed}" for seed in range(4)), "rocket/2"}
     assert reasons["coffee/3"].startswith("coffee/prompt.json is not JSON")
     assert reasons["rocket/2"].startswith("rocket/2_1.jpg: the image cannot be decoded")
+
+
+def make_bomb() -> bytes:
+    """A whole PNG of 30,000 x 30,000 grey pixels of one bit."""
+    packer = zlib.compressobj(1)
+    pixels = b"".join([packer.compress(bytes(1 + 30_000 // 8)) for _ in range(30_000)] + [packer.flush()])
+    header = struct.pack(">2I5B", 30_000, 30_000, 1, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", pixels), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(c)) + name + c + struct.pack(">I", zlib.crc32(name + c)) for name, c in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def make_animation() -> bytes:
+    buffer = io.BytesIO()
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
+    return buffer.getvalue()
+
+
+def test_images_that_are_not_taken_are_rejected_each_with_its_reason_and_the_rest_is_sealed(
+    tmp_path: Path, tmp_store: str
+) -> None:
+    buffer = io.BytesIO()
+    Image.effect_noise((32, 32), 50).save(buffer, "PNG")
+    whole = buffer.getvalue()
+    contents = {
+        "good-0.png": whole,
+        "bomb.png": make_bomb(),
+        "animated.gif": make_animation(),
+        "truncated.png": whole[: len(whole) // 2],
+        "empty.png": b"",
+        "page.jpg": b"<html>404 Not Found</html>",
+        "good-1.png": whole,
+    }
+    source = tmp_path / "images"
+    source.mkdir()
+    for name, data in contents.items():
+        (source / name).write_bytes(data)
+    lines = [json.dumps({"file_name": name, "caption": "noise"}) for name in contents]
+    (source / "metadata.jsonl").write_text("\n".join(lines))
+    config = make_config(source={"kind": "image_folder", "uri": str(source)}, reject_budget=0.9, shard_rows=3)
+    manifest = open_manifest(run_ingest(config, tmp_store).uri)
+    assert manifest.read_table().column("sample_id").to_pylist() == ["good-0.png", "good-1.png"]
+    assert [(reject.sample_id, reject.reason.split(" (")[0]) for reject in manifest.rejects] == [
+        ("bomb.png", "bomb.png: the image cannot be decoded: Image size"),
+        ("animated.gif", "animated.gif: the image is animated or has pages: 2 frames"),
+        ("truncated.png", "truncated.png: the image cannot be decoded: image file is truncated"),
+        ("empty.png", "empty.png: the image is empty"),
+        ("page.jpg", "page.jpg: the image cannot be decoded: not an image file"),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["folder", "rows"])
+def test_a_store_that_fails_while_samples_are_read_rejects_none_of_them(
+    folder: Path, s3_store: str, tmp_store: str, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    import s3fs
+
+    data = folder
+    if kind == "rows":
+        source, data = PhotosSource(PhotosConfig(crops_per_photo=4), 16), folder.with_name("rows")
+        write_instruct_pix2pix_parquet([p for p in source.read(source.plan()) if hasattr(p, "seed")], str(data), 7)
+    for name in list_sizes(str(data)):
+        write_bytes(join_uri(s3_store, name), (data / name).read_bytes())
+    config = make_folder_config(s3_store, reject_budget=1.0)
+    monkeypatch.setattr(retries, "_FIRST_PAUSE_SECONDS", 0.002)
+    with serve_fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as (proxy, url):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        s3fs.S3FileSystem.clear_instance_cache()
+        proxy.add_fault("cut", "GET", ".jpg" if kind == "folder" else ".parquet", 10**9)
+        with pytest.raises(StoreError, match=f"cannot read {s3_store}/"):
+            run_ingest(config, tmp_store)
+        proxy.heal()
+        manifest = open_manifest(run_ingest(config, tmp_store).uri)
+        s3fs.S3FileSystem.clear_instance_cache()
+    assert manifest.counts == {"rows": 36, "rejects": 0}
 
 
 def test_rejects_do_not_move_other_samples_between_splits(folder: Path, tmp_path: Path) -> None:

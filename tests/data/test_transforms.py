@@ -1,7 +1,10 @@
 import io
 import random
 import struct
+import subprocess
+import sys
 import zlib
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -42,12 +45,33 @@ def make_16_bit(values: list[int]) -> bytes:
     return encode(Image.fromarray(np.array([values], dtype=np.uint16)))
 
 
-def make_16_bit_rgb() -> bytes:
-    """A PNG of two pixels with 16 bits a channel, written by hand: Pillow reads such files but writes none."""
-    row = b"\0" + struct.pack(">6H", 0xFF00, 0x8000, 0x0000, 0x1234, 0xFFFF, 0x00FF)
-    chunks = [(b"IHDR", struct.pack(">2I5B", 2, 1, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(row)), (b"IEND", b"")]
-    parts = [struct.pack(">I", len(c)) + name + c + struct.pack(">I", zlib.crc32(name + c)) for name, c in chunks]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+def make_png(size: tuple[int, int], depth: int, color_type: int, rows: Iterable[bytes], **chunks: bytes) -> bytes:
+    """Write a PNG by hand, as the format's specification says: Pillow reads more kinds than it writes.
+
+    Colour types: 0 grey, 2 RGB, 3 palette, 4 grey with alpha, 6 RGBA. `chunks` stand between header and pixels.
+    """
+    packer = zlib.compressobj(1)
+    pixels = b"".join([packer.compress(b"\0" + row) for row in rows] + [packer.flush()])
+    header = struct.pack(">2I5B", *size, depth, color_type, 0, 0, 0)
+    parts = [(b"IHDR", header), *((name.encode(), content) for name, content in chunks.items())]
+    parts += [(b"IDAT", pixels), (b"IEND", b"")]
+    written = [struct.pack(">I", len(c)) + name + c + struct.pack(">I", zlib.crc32(name + c)) for name, c in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(written)
+
+
+def pack_16_bit(*values: int) -> list[bytes]:
+    """Return one row of 16-bit values."""
+    return [struct.pack(f">{len(values)}H", *values)]
+
+
+def make_cmyk_jpeg(*, has_marker: bool) -> bytes:
+    """A JPEG of pure red in CMYK, stored as 255 minus each value as Photoshop does, with or without its APP14 marker."""
+    data = encode(Image.new("CMYK", (2, 1), (0, 255, 255, 0)), "JPEG", quality=100)
+    assert data[2:12] == b"\xff\xee\x00\x0eAdobe\x00"
+    return data if has_marker else data[:2] + data[18:]
+
+
+PALETTE = bytes([10, 20, 30, 200, 100, 50])
 
 
 @pytest.mark.parametrize(
@@ -64,8 +88,51 @@ def make_16_bit_rgb() -> bytes:
         pytest.param(
             encode(Image.new("CMYK", (2, 1), (0, 255, 255, 0)), "TIFF"), [[255, 0, 0], [255, 0, 0]], id="CMYK"
         ),
+        pytest.param(make_cmyk_jpeg(has_marker=True), [[255, 0, 0], [255, 0, 0]], id="CMYK of Photoshop"),
+        pytest.param(make_cmyk_jpeg(has_marker=False), [[255, 0, 0], [255, 0, 0]], id="CMYK taken for Photoshop's"),
         pytest.param(make_16_bit([257 * 7, 65535]), [[7] * 3, [255] * 3], id="16 bit grey"),
-        pytest.param(make_16_bit_rgb(), [[255, 128, 0], [18, 255, 0]], id="16 bit RGB"),
+        # 128 of 65535 is just below half a step of 257, 129 just above.
+        pytest.param(make_16_bit([128, 129]), [[0] * 3, [1] * 3], id="16 bit grey is rounded"),
+        pytest.param(
+            make_png((2, 1), 16, 2, pack_16_bit(0xFF00, 0x8000, 0x0000, 0x1234, 0xFFFF, 0x00FF)),
+            [[255, 128, 0], [18, 255, 0]],
+            id="16 bit RGB",
+        ),
+        pytest.param(
+            make_png((2, 1), 16, 6, pack_16_bit(0xFF00, 0x8000, 0, 0xFFFF, 1, 2, 3, 0)),
+            [[255, 128, 0], [255] * 3],
+            id="16 bit with alpha",
+        ),
+        pytest.param(
+            make_png((2, 1), 16, 4, pack_16_bit(0x8000, 0xFFFF, 0, 0)),
+            [[128] * 3, [255] * 3],
+            id="16 bit grey with alpha",
+        ),
+        pytest.param(
+            make_png((2, 1), 16, 0, pack_16_bit(0x8000, 7), tRNS=struct.pack(">H", 7)),
+            [[128] * 3, [255] * 3],
+            id="16 bit grey with a transparent value",
+        ),
+        pytest.param(
+            make_png((2, 1), 8, 2, [bytes([1, 2, 3, 4, 5, 6])], tRNS=struct.pack(">3H", 1, 2, 3)),
+            [[255] * 3, [4, 5, 6]],
+            id="RGB with a transparent colour",
+        ),
+        pytest.param(
+            make_png((2, 1), 8, 0, [bytes([9, 200])], tRNS=struct.pack(">H", 9)),
+            [[255] * 3, [200] * 3],
+            id="grey with a transparent value",
+        ),
+        pytest.param(make_png((2, 1), 1, 0, [bytes([0b01000000])]), [[0] * 3, [255] * 3], id="1 bit grey"),
+        # A value of 2 or 4 bits is spread over 0 to 255: 1 of 3 is 85, 3 of 15 is 51.
+        pytest.param(make_png((2, 1), 2, 0, [bytes([0b01110000])]), [[85] * 3, [255] * 3], id="2 bit grey"),
+        pytest.param(make_png((2, 1), 4, 0, [bytes([0x3F])]), [[51] * 3, [255] * 3], id="4 bit grey"),
+        pytest.param(
+            # 10 at 128 of 255 over white: (10 * 128 + 255 * 127) / 255 = 132.
+            make_png((2, 1), 8, 3, [bytes([0, 1])], PLTE=PALETTE, tRNS=bytes([128])),
+            [[132, 137, 142], [200, 100, 50]],
+            id="palette with a half transparent colour",
+        ),
     ],
 )
 def test_every_image_mode_becomes_rgb(data: bytes, expected: list[list[int]]) -> None:
@@ -76,13 +143,26 @@ def test_every_image_mode_becomes_rgb(data: bytes, expected: list[list[int]]) ->
 
 @pytest.mark.parametrize(
     ("orientation", "expected"),
-    [(1, [[1, 2], [3, 4]]), (3, [[4, 3], [2, 1]]), (6, [[3, 1], [4, 2]]), (8, [[2, 4], [1, 3]]), (2, [[2, 1], [4, 3]])],
+    [
+        (0, [[1, 2, 3], [4, 5, 6]]),  # no orientation, written by some cameras
+        (1, [[1, 2, 3], [4, 5, 6]]),
+        (2, [[3, 2, 1], [6, 5, 4]]),
+        (3, [[6, 5, 4], [3, 2, 1]]),
+        (4, [[4, 5, 6], [1, 2, 3]]),
+        (5, [[1, 4], [2, 5], [3, 6]]),
+        (6, [[4, 1], [5, 2], [6, 3]]),
+        (7, [[6, 3], [5, 2], [4, 1]]),
+        (8, [[3, 6], [2, 5], [1, 4]]),
+    ],
 )
-def test_an_image_is_turned_as_its_exif_says(orientation: int, expected: list[list[int]]) -> None:
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_an_image_is_turned_as_its_exif_says(orientation: int, expected: list[list[int]], file_format: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encode(Image.fromarray(np.array([[1, 2], [3, 4]], np.uint8)), exif=exif)
-    assert decode_image(data)[:, :, 0].tolist() == expected
+    stored = np.array([[1, 2, 3], [4, 5, 6]], np.uint8).repeat(16, 0).repeat(16, 1) * 40
+    options = {"PNG": {}, "JPEG": {"quality": 100}, "WEBP": {"lossless": True}, "TIFF": {}}[file_format]
+    image = decode_image(encode(Image.fromarray(stored), file_format, exif=exif, **options))
+    assert (image[8::16, 8::16, 0] // 39).tolist() == expected
 
 
 def test_png_round_trip_is_lossless_and_deterministic() -> None:
@@ -156,12 +236,63 @@ def test_an_oversized_image_is_refused_by_its_header(monkeypatch: pytest.MonkeyP
         decode_image(data)
 
 
-def test_a_decompression_bomb_is_refused() -> None:
-    size = 30_000
-    header = struct.pack(">2I5B", size, size, 8, 0, 0, 0, 0)
-    chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
-    with pytest.raises(ValueError, match="pixels"):
-        decode_image(b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", 0))
+def make_blank_png(side: int) -> bytes:
+    """A whole PNG of black pixels of one bit; 30,000 x 30,000 of them are 900 MB once decoded."""
+    row = bytes((side + 7) // 8)
+    return make_png((side, side), 1, 0, (row for _ in range(side)))
+
+
+# Not getrusage's peak: a child inherits that of the process that started it, and a large test run hides all growth.
+_MEASURE = """
+import re, sys
+from pathlib import Path
+import numpy as np
+from prompt_diffusion.data.transforms import decode_image, encode_png
+
+def read_peak_bytes():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+decode_image(encode_png(np.zeros((8, 8, 3), np.uint8)))  # loads the decoder
+data = sys.stdin.buffer.read()
+before = read_peak_bytes()
+try:
+    decode_image(data)
+except ValueError as error:
+    print(error)
+print(read_peak_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
+@pytest.mark.parametrize(
+    ("side", "reason"),
+    [
+        (9_000, f"the image has 9000 x 9000 pixels, more than {transforms.MAX_PIXELS}"),
+        (30_000, "the image cannot be decoded: Image size (900000000 pixels) exceeds limit"),  # by Pillow's own check
+    ],
+)
+def test_an_oversized_image_is_refused_before_it_takes_memory(side: int, reason: str) -> None:
+    data = make_blank_png(side)
+    assert len(data) < 2**20
+    answer = subprocess.run([sys.executable, "-c", _MEASURE], input=data, capture_output=True, check=True)
+    given, growth = answer.stdout.decode().splitlines()
+    assert given.startswith(reason)
+    assert int(growth) < 50 * 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
+def test_the_measure_of_memory_sees_an_image_that_is_decoded() -> None:
+    answer = subprocess.run(
+        [sys.executable, "-c", _MEASURE], input=make_blank_png(8_000), capture_output=True, check=True
+    )
+    assert int(answer.stdout) > 50 * 2**20
+
+
+def test_a_bomb_of_text_in_a_small_image_is_refused() -> None:
+    comment = zlib.compress(bytes(100 * 2**20))
+    data = make_png((2, 1), 8, 0, [bytes([1, 2])], zTXt=b"Comment\0\0" + comment)
+    with pytest.raises(ValueError, match=r"^the image cannot be decoded: Decompressed data too large"):
+        decode_image(data)
 
 
 def test_floating_point_pixels_are_refused() -> None:

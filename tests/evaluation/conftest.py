@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from prompt_diffusion.annotators.annotate import AnnotateConfig, run_annotate
+from prompt_diffusion.annotators.annotate import run_annotate
 from prompt_diffusion.annotators.base import AnnotateResources
+from prompt_diffusion.annotators.config import AnnotateConfig
 from prompt_diffusion.data.ingest import IngestConfig, run_ingest
 from prompt_diffusion.data.sources.scenes import ScenesConfig
 from prompt_diffusion.evaluation.config import EvalResources, EvaluateConfig

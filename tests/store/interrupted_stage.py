@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import Reject
+from prompt_diffusion.store.records import ShardProgress
 from prompt_diffusion.store.sharded import ShardRows, run_sharded_stage
 
 
@@ -26,8 +27,8 @@ def main(root: str, num_shards: int, kill_after: int) -> None:
         rejects = [Reject(sample_id=f"sample-{index}", reason="its image is truncated")] if index % 2 else []
         return pa.table({"sample_id": [f"{index}-{row}" for row in range(150)], "image": images}), rejects
 
-    def kill_when_due(num_done: int, _num_shards: int, _num_rows: int) -> None:
-        if num_done == kill_after:
+    def kill_when_due(told: ShardProgress) -> None:
+        if told.num_done == kill_after:
             os.kill(os.getpid(), signal.SIGKILL)
 
     identity = StageIdentity(stage="interrupted", version=1, config={"num_shards": num_shards}, inputs={})

@@ -20,7 +20,8 @@ import pytest
 import prompt_diffusion
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import MANIFEST_NAME, Reject, is_sealed, open_manifest
-from prompt_diffusion.store.sharded import ShardRows, encode_shard, run_sharded_stage
+from prompt_diffusion.store.records import ShardProgress
+from prompt_diffusion.store.sharded import ShardRows, encode_shard, make_shards, run_sharded_stage
 from prompt_diffusion.store.storage import join_uri, list_files, local_path, read_bytes, write_bytes
 
 IDENTITY = StageIdentity(stage="numbers", version=1, config={"rows": 10}, inputs={})
@@ -79,9 +80,32 @@ def test_rerun_of_a_sealed_stage_writes_nothing(store_root: str) -> None:
 
 
 def test_progress_is_told_after_each_shard(tmp_store: str) -> None:
-    heard: list[tuple[int, int, int]] = []
-    run_sharded_stage(IDENTITY, tmp_store, 3, Maker(0), on_progress=lambda *told: heard.append(told))
-    assert heard == [(1, 3, 10), (2, 3, 20), (3, 3, 30)]
+    heard: list[ShardProgress] = []
+    run_sharded_stage(IDENTITY, tmp_store, 3, Maker(0), on_progress=heard.append)
+    assert heard == [ShardProgress(1, 3, 10, 0), ShardProgress(2, 3, 20, 0), ShardProgress(3, 3, 30, 0)]
+
+
+def test_shards_made_elsewhere_are_sealed_unread_into_the_same_bytes(store_root: str, tmp_store: str) -> None:
+    whole = run_sharded_stage(IDENTITY, join_uri(tmp_store, "whole"), 5, Maker(), reject_budget=0.1)
+    parts = [make_shards(IDENTITY, store_root, 5, Maker(), indices) for indices in ([3, 4], [0, 1])]
+    assert not is_sealed(IDENTITY.uri(store_root))
+    maker = Maker()
+    ref = run_sharded_stage(
+        IDENTITY, store_root, 5, maker, made=[shard for part in parts for shard in part], reject_budget=0.1
+    )
+    assert maker.made == [2]
+    assert open_manifest(ref.uri).files == open_manifest(whole.uri).files
+    assert open_manifest(ref.uri).rejects == open_manifest(whole.uri).rejects
+
+
+def test_shards_made_at_once_are_the_same_and_in_order(tmp_store: str) -> None:
+    heard: list[ShardProgress] = []
+    one = run_sharded_stage(IDENTITY, join_uri(tmp_store, "one"), 6, Maker(), reject_budget=0.1)
+    three = run_sharded_stage(
+        IDENTITY, join_uri(tmp_store, "three"), 6, Maker(), num_at_once=3, reject_budget=0.1, on_progress=heard.append
+    )
+    assert open_manifest(three.uri).files == open_manifest(one.uri).files
+    assert [told.num_done for told in heard] == [1, 2, 3, 4, 5, 6]
 
 
 def start_program(root: str, kill_after: int) -> subprocess.Popen[bytes]:
@@ -170,8 +194,8 @@ def test_leftover_with_any_byte_altered_is_made_again(tmp_store: str) -> None:
 
 
 def test_leftover_of_another_sharding_is_made_again(tmp_store: str) -> None:
-    def stop_before_the_seal(num_done: int, num_shards: int, _num_rows: int) -> None:
-        if num_done == num_shards:
+    def stop_before_the_seal(told: ShardProgress) -> None:
+        if told.num_done == told.num_shards:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import prompt_diffusion
+from prompt_diffusion.store.retries import NUM_TRIES
 from prompt_diffusion.store.storage import (
     check_writable,
     create_bytes,
@@ -225,17 +226,19 @@ class _ScriptedAnswers(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     script: list[tuple[int, str]]
     stored_bytes: int
+    mark: str = ""
 
     def do_PUT(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         status, body = self.script.pop(0)
+        type(self).mark = self.headers["x-amz-meta-upload"]
         self._answer(status, body.encode())
 
     def do_HEAD(self) -> None:
         self.send_response(200)
         self.send_header("Content-Length", str(self.stored_bytes))
         self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
-        self.send_header("ETag", '"0"')
+        self.send_header("x-amz-meta-upload", self.mark if self.stored_bytes else "another's")
         self.end_headers()
 
     def _answer(self, status: int, body: bytes) -> None:
@@ -297,7 +300,7 @@ def test_create_that_is_forbidden_is_an_error(scripted_s3: type[_ScriptedAnswers
 @pytest.mark.parametrize("write", [write_bytes, create_bytes])
 def test_upload_that_stored_another_size_is_an_error(scripted_s3: type[_ScriptedAnswers], write: object) -> None:
     assert callable(write)
-    scripted_s3.script = [(200, "")]
+    scripted_s3.script = [(200, "")] * NUM_TRIES
     scripted_s3.stored_bytes = 2
     with pytest.raises(OSError, match="s3://bucket/key has 2 bytes after a write of 4"):
         write("s3://bucket/key", b"data")

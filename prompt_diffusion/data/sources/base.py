@@ -54,8 +54,13 @@ class Source(Protocol):
         ...
 
 
-def load_picture(data: bytes, image_size: int) -> bytes:
-    """Return an image file as PNG of (image_size, image_size); ValueError with the reason where that cannot be done."""
+def load_picture(data: bytes, image_size: int | None) -> bytes:
+    """Return an image file as PNG of (image_size, image_size); ValueError with the reason where that cannot be done.
+
+    None leaves the file as it is: an annotator decodes it at its own resolution.
+    """
+    if image_size is None:
+        return data
     return encode_png(resize_image(decode_image(data), image_size))
 
 

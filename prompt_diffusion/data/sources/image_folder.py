@@ -74,7 +74,7 @@ TABLE_READERS: dict[str, Callable[[bytes], list[dict[str, Any]]]] = {
 class ImageFolderSource:
     """Reads the images that the table lists."""
 
-    def __init__(self, config: ImageFolderConfig, image_size: int) -> None:
+    def __init__(self, config: ImageFolderConfig, image_size: int | None) -> None:
         self.config, self.image_size = config, image_size
         names = list_files(config.uri)
         tables = [name for name in TABLE_READERS if name in names]

@@ -38,7 +38,7 @@ class InstructPix2PixConfig(SourceOptions):
     """Take the first prompt groups only; None takes all."""
 
 
-def open_instruct_pix2pix(config: InstructPix2PixConfig, image_size: int) -> Source:
+def open_instruct_pix2pix(config: InstructPix2PixConfig, image_size: int | None) -> Source:
     """Return the source of the form that lies there; ValueError where there is neither."""
     if exists(join_uri(config.uri, "seeds.json")):
         return FolderSource(config.uri, config.num_groups, image_size)
@@ -50,7 +50,7 @@ def open_instruct_pix2pix(config: InstructPix2PixConfig, image_size: int) -> Sou
 class FolderSource:
     """The folder form."""
 
-    def __init__(self, uri: str, num_groups: int | None, image_size: int) -> None:
+    def __init__(self, uri: str, num_groups: int | None, image_size: int | None) -> None:
         self.uri, self.num_groups, self.image_size = uri, num_groups, image_size
 
     def digest(self) -> str:

@@ -29,7 +29,7 @@ _UNREADABLE = -1  # the row of a key whose file has no readable footer
 class ParquetRowsSource:
     """Every Parquet file below a folder, in the order of their names."""
 
-    def __init__(self, uri: str, num_groups: int | None, image_size: int) -> None:
+    def __init__(self, uri: str, num_groups: int | None, image_size: int | None) -> None:
         self.uri, self.num_groups, self.image_size = uri, num_groups, image_size
         found = list_sizes(uri)
         self.sizes = {name: found[name] for name in found if name.endswith(".parquet")}

