@@ -21,7 +21,7 @@ from prompt_diffusion.store.sharded import ShardRows, run_sharded_stage
 
 logger = logging.getLogger(__name__)
 
-STAGE, VERSION = "ingest", 1
+STAGE, VERSION = "ingest", 2
 
 SourceConfig = Annotated[
     ScenesConfig | PhotosConfig | ImageFolderConfig | InstructPix2PixConfig, Field(discriminator="kind")

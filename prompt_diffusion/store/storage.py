@@ -6,16 +6,16 @@ A URI is a `str`: a local path, `file://...` or `s3://bucket/key`. Any other sch
 """
 
 import logging
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 
+from prompt_diffusion.store.local_files import TEMPORARY_SUFFIX, list_folder, temporary_file
 from prompt_diffusion.store.retries import (
     StoreError,
     ask_store,
@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 _Answer = TypeVar("_Answer")
 
-_TEMPORARY_SUFFIX = ".tmp~"
 _MARK_NAME = "upload"
 
 
@@ -64,7 +63,7 @@ def list_sizes(uri: str) -> dict[str, int]:
     """Return the bytes of every file below a folder, by relative POSIX path, sorted; empty where there is none."""
     path = local_path(uri)
     if path is not None:
-        found = _list_folder(path)
+        found = list_folder(path)
     else:
         filesystem, key = _open_remote(uri)
         folder = filesystem._strip_protocol(key).rstrip("/") + "/"
@@ -74,7 +73,7 @@ def list_sizes(uri: str) -> dict[str, int]:
             for name, entry in _ask(uri, "list", lambda: filesystem.find(key, detail=True)).items()
             if name.startswith(folder) and not name.endswith("/")
         }
-    return {name: found[name] for name in sorted(found) if not name.endswith(_TEMPORARY_SUFFIX)}
+    return {name: found[name] for name in sorted(found) if not name.endswith(TEMPORARY_SUFFIX)}
 
 
 def list_files(uri: str) -> list[str]:
@@ -112,7 +111,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     if path is None:
         _upload(uri, len(data), lambda filesystem, key, options: filesystem.pipe_file(key, data, **options))
     else:
-        with _temporary_file(path, data) as temporary:
+        with temporary_file(path, data) as temporary:
             temporary.replace(path)
 
 
@@ -123,7 +122,7 @@ def write_from(uri: str, source: Path) -> None:
         num_bytes = source.stat().st_size
         _upload(uri, num_bytes, lambda filesystem, key, options: filesystem.put_file(str(source), key, **options))
     else:
-        with _temporary_file(path, source) as temporary:
+        with temporary_file(path, source) as temporary:
             temporary.replace(path)
 
 
@@ -137,7 +136,7 @@ def create_bytes(uri: str, data: bytes) -> bool:
         return _upload(
             uri, len(data), lambda filesystem, key, options: filesystem.pipe_file(key, data, mode="create", **options)
         )
-    with _temporary_file(path, data) as temporary:
+    with temporary_file(path, data) as temporary:
         try:
             # A rename would replace silently; a hard link is the atomic "create whole, or not at all" of POSIX.
             path.hardlink_to(temporary)
@@ -240,45 +239,6 @@ def _check_bucket(uri: str) -> None:
         _ask(f"s3://{bucket}", "look up", lambda: filesystem.info(bucket))
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no bucket {bucket!r}") from None
-
-
-def _list_folder(folder: Path) -> dict[str, int]:
-    """Return the bytes of every file below a local folder; what another run takes away meanwhile is left out."""
-
-    def raise_unless_gone(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError | NotADirectoryError):
-            raise error
-
-    found = {}
-    for parent, _, names in os.walk(folder, onerror=raise_unless_gone):
-        for name in names:
-            file = Path(parent, name)
-            with suppress(FileNotFoundError):
-                found[file.relative_to(folder).as_posix()] = file.stat().st_size
-    return found
-
-
-@contextmanager
-def _temporary_file(path: Path, content: bytes | Path) -> Iterator[Path]:
-    """Give a file with that content beside `path`, on the disk before it gets its name, and gone afterwards."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_TEMPORARY_SUFFIX}")
-    try:
-        with temporary.open("xb") as file:
-            if isinstance(content, Path):
-                with content.open("rb") as source:
-                    shutil.copyfileobj(source, file, 1 << 20)
-            else:
-                file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        yield temporary
-    except OSError as error:
-        # A full disk is told by write, which knows no name.
-        error.filename = error.filename or str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _delete_file(uri: str) -> None:

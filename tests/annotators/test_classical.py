@@ -10,6 +10,7 @@ import pytest
 from prompt_diffusion.annotators.base import Annotator
 from prompt_diffusion.annotators.classical import CANNY, SCRIBBLE_CANNY, find_ridges, thicken_lines
 from prompt_diffusion.annotators.table import ANNOTATORS, build_annotator, find_annotator
+from prompt_diffusion.presets import build_preset
 
 Images = npt.NDArray[np.uint8]
 Crops = Callable[[int, int, int], Images]
@@ -107,12 +108,14 @@ def test_a_digest_for_an_annotator_without_weights_is_refused() -> None:
         build_annotator("canny", weights_sha256="0" * 64)
 
 
-def test_the_guides_new_annotator_is_one_file_and_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    guide = (Path(__file__).parents[2] / "docs" / "annotators.md").read_text()
+def test_the_readmes_new_annotator_is_one_file_and_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = (Path(__file__).parents[2] / "README.md").read_text()
     blocks = [block.split("```")[0] for block in guide.split("```python\n")[1:]]
     module: dict[str, Any] = {"__name__": "inverse"}
     exec(next(block for block in blocks if "class InverseAnnotator" in block), module)
-    assert '"inverse": INVERSE,' in blocks[-1]
+    assert any(block.strip() == '"inverse": INVERSE,' for block in blocks)
     monkeypatch.setitem(ANNOTATORS, "inverse", module["INVERSE"])
     images = np.arange(2 * 4 * 5 * 3, dtype=np.uint8).reshape(2, 4, 5, 3)
     np.testing.assert_array_equal(build_annotator("inverse").annotate(images), 255 - images)
+    changed = build_preset("demo", {"annotate.1": {"condition": "hed", "annotator": "inverse"}})
+    assert [config.annotator for config in changed.annotate] == ["exact", "inverse", "exact"]
