@@ -7,23 +7,19 @@ where there is one. The last line is one JSON object; its ratio is the smallest 
 """
 
 import argparse
-import json
 import os
-import platform
 import resource
-import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from _measuring import add_out_option, compare, describe_device, find_versions, finish, take_turns
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -217,40 +213,29 @@ def measure(name: str, arguments: argparse.Namespace, device: str, folder: Path)
     files = load_files(arguments.image_size, arguments.images)
     timed = Timed(annotator)
     resources = AnnotateResources(batch_size=arguments.batch_size, num_workers=arguments.workers)
-    seconds: dict[str, list[float]] = {"ours": [], "peer": []}
     with MapMaker.open(lambda: timed, resources) as maker, torch.inference_mode():
-        list(maker.make_maps(files[: arguments.batch_size]))
-        encode_png(np.asarray(one_image(decode_image(files[0]))))
-        timed.seconds.clear()
-        for _ in range(arguments.rounds):
-            with clock(seconds["ours"]):
-                assert len(list(maker.make_maps(files))) == len(files)
-            with clock(seconds["peer"]):
-                for file in files:
-                    encode_png(np.asarray(one_image(decode_image(file))))
-        busy = sum(timed.seconds) / sum(seconds["ours"])
+
+        def run_ours() -> None:
+            assert len(list(maker.make_maps(files))) == len(files)
+
+        def run_peer() -> None:
+            for file in files:
+                encode_png(np.asarray(one_image(decode_image(file))))
+
+        seconds = take_turns(arguments.rounds, {"ours": run_ours, "peer": run_peer})
+        busy = sum(timed.seconds[-len(timed.seconds) * arguments.rounds // (arguments.rounds + 1) :]) / sum(
+            seconds["ours"]
+        )
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if arguments.memory:
             sum(len(map_) for map_ in maker.make_maps(file for _ in range(4) for file in files))
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    ratios = [peer / ours for ours, peer in zip(seconds["ours"], seconds["peer"], strict=True)]
     return {
         "annotator": name,
-        "ratio": round(statistics.median(ratios), 2),
-        "ours": round(len(files) / statistics.median(seconds["ours"]), 2),
-        "peer": round(len(files) / statistics.median(seconds["peer"]), 2),
-        "spread": [round(min(ratios), 2), round(max(ratios), 2)],
+        **compare(seconds, len(files)),
         "device_busy": round(busy, 3),
         "megabytes_more_for_four_times_the_images": round(grown / 1024, 1) if arguments.memory else None,
     }
-
-
-@contextmanager
-def clock(into: list[float]) -> Iterator[None]:
-    """Add the block's seconds."""
-    started = time.perf_counter()
-    yield
-    into.append(time.perf_counter() - started)
 
 
 def main() -> None:
@@ -261,12 +246,12 @@ def main() -> None:
     names = [name for name in PEERS if has_gpu or name != "seg_oneformer"]
     parser.add_argument("--annotators", nargs="+", default=names, choices=list(PEERS))
     parser.add_argument("--image-size", type=int, default=512 if has_gpu else 256)
-    parser.add_argument("--images", type=int, default=256 if has_gpu else 8)
+    parser.add_argument("--images", type=int, default=256 if has_gpu else 4)
     parser.add_argument("--batch-size", type=int, default=32 if has_gpu else 2)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-memory", dest="memory", action="store_false")
-    parser.add_argument("--out", type=Path)
+    add_out_option(parser)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     device = "cuda" if has_gpu else "cpu"
@@ -280,16 +265,11 @@ def main() -> None:
         "peer": worst["peer"],
         "unit": f"images/s at {arguments.image_size} px in batches of {arguments.batch_size}: {worst['annotator']}, the worst",
         "spread": worst["spread"],
-        "device": torch.cuda.get_device_name()
-        if has_gpu
-        else f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {name: version(name) for name in ("torch", "transformers", "controlnet-aux")},
+        "device": describe_device(),
+        "versions": find_versions("torch", "transformers", "controlnet-aux"),
         "annotators": results,
     }
-    text = json.dumps(result)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
-    print(text)
+    finish(result, arguments.out)
 
 
 if __name__ == "__main__":

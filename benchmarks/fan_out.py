@@ -7,9 +7,7 @@ library alone, parts of 32 shards, and one task a shard. The last line is one JS
 """
 
 import argparse
-import json
 import os
-import platform
 import shutil
 import socket
 import subprocess
@@ -20,10 +18,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from _measuring import add_out_option, describe_device, find_versions, finish
 from prefect.client.orchestration import get_client
 from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
@@ -181,7 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shards", type=int, default=FULL_SET_SHARDS)
     parser.add_argument("--database", choices=["sqlite", "postgres", "both"], default="both")
-    parser.add_argument("--out", type=Path)
+    add_out_option(parser)
     arguments = parser.parse_args()
     names = ["sqlite", "postgres"] if arguments.database == "both" else [arguments.database]
     with tempfile.TemporaryDirectory() as folder:
@@ -197,16 +195,13 @@ def main() -> None:
         "peer": thin,
         "unit": f"seconds for {arguments.shards} shards on {names[-1]}: parts of {FAT_PART_SHARDS} against one task a shard",
         "spread": [min(run["seconds"] for run in runs), max(run["seconds"] for run in runs)],
-        "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"prefect": version("prefect"), "python": platform.python_version()},
+        "device": describe_device(),
+        "versions": find_versions("prefect"),
         "library_seconds": round(library_seconds, 2),
         "seconds_a_task": round((thin - fat) / max(tasks, 1), 4),
         "runs": runs,
     }
-    text = json.dumps(result)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
-    print(text)
+    finish(result, arguments.out)
 
 
 if __name__ == "__main__":

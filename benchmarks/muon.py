@@ -5,14 +5,10 @@ one process. The last line is one JSON object.
 """
 
 import argparse
-import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from _measuring import add_out_option, compare, describe_device, find_versions, finish, take_turns
 
 from prompt_diffusion.model.base import load_base
 from prompt_diffusion.presets import build_preset
@@ -42,36 +38,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path)
+    add_out_option(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     shapes = read_shapes()
     optimizers = {"ours": build(Muon, shapes), "peer": build(torch.optim.Muon, shapes)}
-    seconds: dict[str, list[float]] = {name: [] for name in optimizers}
-    for name in optimizers:
-        optimizers[name].step()
-    for _ in range(arguments.rounds):
-        for name, optimizer in optimizers.items():
-            started = time.perf_counter()
-            optimizer.step()
-            seconds[name].append(time.perf_counter() - started)
-    ratios = [peer / ours for ours, peer in zip(seconds["ours"], seconds["peer"], strict=True)]
-    result = {
-        "name": "muon",
-        "ratio": round(statistics.median(ratios), 2),
-        "ours": round(statistics.median(seconds["ours"]), 4),
-        "peer": round(statistics.median(seconds["peer"]), 4),
-        "unit": "seconds a step",
-        "spread": [round(min(ratios), 2), round(max(ratios), 2)],
-        "device": f"{platform.processor() or platform.machine()}, {arguments.threads} thread(s)",
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "matrices": len(shapes),
-        "parameters": sum(rows * columns for rows, columns in shapes),
-    }
-    text = json.dumps(result)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
-    print(text)
+    seconds = take_turns(arguments.rounds, {name: optimizer.step for name, optimizer in optimizers.items()})
+    finish(
+        {
+            "name": "muon",
+            **compare(seconds),
+            "unit": "seconds a step",
+            "device": describe_device(),
+            "versions": find_versions("torch"),
+            "matrices": len(shapes),
+            "parameters": sum(rows * columns for rows, columns in shapes),
+        },
+        arguments.out,
+    )
 
 
 if __name__ == "__main__":

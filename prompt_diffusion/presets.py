@@ -34,8 +34,13 @@ class _Frozen(BaseModel):
 
 
 class BaselinesConfig(_Frozen):
-    """The CN(FT) baselines: the joint recipe with the query alone, one vision task each."""
+    """The CN(FT) baselines: the joint recipe with the query alone, one vision task each.
 
+    The optimizer is their own, so that tuning the joint training's trains no baseline again.
+    """
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer and schedule."""
     batch_size: int = Field(default=128, ge=1)
     """Samples a step. The number of steps follows: as many samples of its vision task as the joint model saw of it."""
 
@@ -97,7 +102,14 @@ class RunConfig(_Frozen):
     """How much of this machine each stage takes."""
 
     def baseline_trainings(self) -> dict[str, TrainConfig]:
-        """Return the CN(FT) recipe of each vision task, given as many samples of it as the joint training drew."""
+        """Return the CN(FT) recipe of each vision task, given as many samples of it as the joint training drew.
+
+        What the joint recipe says of examples has no meaning for them and is left at its default.
+        """
+        plain = TrainConfig()
+        dropout = self.train.dropout.model_copy(
+            update={"example_pair": plain.dropout.example_pair, "overlap": plain.dropout.overlap}
+        )
         samples = self.train.batch_size * self.train.num_steps / len(self.train.vision_tasks)
         steps = max(1, round(samples / self.baselines.batch_size))
         return {
@@ -105,6 +117,10 @@ class RunConfig(_Frozen):
                 update={
                     "method": "controlnet",
                     "vision_tasks": (name,),
+                    "image_to_map_examples": plain.image_to_map_examples,
+                    "map_to_image_examples": plain.map_to_image_examples,
+                    "dropout": dropout,
+                    "optimizer": self.baselines.optimizer,
                     "batch_size": self.baselines.batch_size,
                     "num_steps": steps,
                 }
@@ -150,6 +166,15 @@ def demo() -> RunConfig:
     v-prediction with zero terminal SNR (the base's own), text dropped from half of the image-to-map samples so that the
     pair alone must decide, and examples from other scenes, so that copying the example does not pay.
     """
+    optimizer = OptimizerConfig(
+        name="muon",
+        learning_rate=1e-3,
+        muon_learning_rate=0.02,
+        weight_decay=0.0,
+        warmup_steps=10,
+        flat_fraction=0.4,
+        final_factor=0.02,
+    )
     return RunConfig(
         name="demo",
         ingest=IngestConfig(source=ScenesConfig(num_groups=1500), image_size=64, shard_rows=125),
@@ -161,20 +186,12 @@ def demo() -> RunConfig:
             map_to_image_examples={"same_row": 0.7, "other_group": 0.3},
             dropout=DropoutConfig(text_map_to_image=0.15, text_image_to_map=0.5, example_pair=0.10, overlap=0.05),
             noise=NoiseConfig(prediction_type="v_prediction", late_fraction=0.5),
-            optimizer=OptimizerConfig(
-                name="muon",
-                learning_rate=1e-3,
-                muon_learning_rate=0.02,
-                weight_decay=0.0,
-                warmup_steps=10,
-                flat_fraction=0.4,
-                final_factor=0.02,
-            ),
+            optimizer=optimizer,
             stem_channels=(16, 32, 64),
             batch_size=32,
             num_steps=850,
         ),
-        baselines=BaselinesConfig(batch_size=32),
+        baselines=BaselinesConfig(optimizer=optimizer, batch_size=32),
         evaluate=EvaluateConfig(
             num_samples=75,
             num_in_context=48,
@@ -202,7 +219,7 @@ def smoke() -> RunConfig:
             "name": "smoke",
             "ingest": IngestConfig(source=ScenesConfig(num_groups=60), image_size=64, shard_rows=32),
             "train": full.train.model_copy(update={"batch_size": 6, "num_steps": 4}),
-            "baselines": BaselinesConfig(batch_size=2),
+            "baselines": full.baselines.model_copy(update={"batch_size": 2}),
             "evaluate": full.evaluate.model_copy(
                 update={
                     "num_samples": 3,

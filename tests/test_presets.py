@@ -75,6 +75,10 @@ def test_every_scientific_field_of_a_training_moves_its_fingerprint(inputs):
         "train.vision_tasks": ["image_to_hed"],
         "train.optimizer.name": "adamw",
         "train.optimizer.clip_norm": 1.0,
+        "train.optimizer.skip_norm": 1.0,
+        "train.optimizer.ema_decay": 0.99,
+        "train.noise.min_snr_gamma": 5.0,
+        "train.precision": "bfloat16",
         "train.noise.prediction_type": "epsilon",
         "train.stem_channels": [8, 16, 32],
     }
@@ -103,6 +107,24 @@ def test_a_baseline_gets_as_many_samples_of_its_vision_task_as_the_joint_model()
             assert baseline.vision_tasks == (task,)
             assert baseline.method == "controlnet"
             assert abs(baseline.batch_size * baseline.num_steps - joint) <= baseline.batch_size / 2
+
+
+@pytest.mark.parametrize(
+    "change_of_the_joint_training",
+    [
+        {"train.optimizer.muon_learning_rate": 0.01},
+        {"train.optimizer.ema_decay": 0.99},
+        {"train.image_to_map_examples": {"same_row": 1.0}},
+        {"train.dropout.example_pair": 0.2},
+    ],
+)
+def test_what_concerns_the_joint_training_alone_trains_no_baseline_again(change_of_the_joint_training, inputs):
+    plain, changed = build_preset("demo"), build_preset("demo", change_of_the_joint_training)
+    assert identify_train(changed.train, inputs) != identify_train(plain.train, inputs)
+    for before, after in zip(plain.baseline_trainings().values(), changed.baseline_trainings().values(), strict=True):
+        assert identify_train(after, inputs) == identify_train(before, inputs)
+    own = build_preset("demo", {"baselines.optimizer.muon_learning_rate": 0.01}).baseline_trainings()
+    assert own["image_to_hed"] != plain.baseline_trainings()["image_to_hed"]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ rest: without it, or with a digest that does not fit, the folder does not count.
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from prompt_diffusion.store.fingerprint import compute_digest
 logger = logging.getLogger(__name__)
 
 KEPT_CHECKPOINTS = 2
+AVERAGES_FILE = "averages.safetensors"
 
 
 @dataclass
@@ -28,7 +29,11 @@ class Progress:
     """Where a training stands, beside its tensors."""
 
     step: int = 0
-    """Steps done."""
+    """Steps done, those that were skipped among them."""
+    num_skipped: int = 0
+    """Steps whose update was left out, because loss or gradient was not finite or too large."""
+    skipped_in_a_row: int = 0
+    """How many of them were the last ones."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One record a step and label: ``step``, ``label``, ``loss``, ``num_samples``."""
     seconds: float = 0.0
@@ -57,22 +62,28 @@ def restore_optimizers(optimizers: Sequence[Optimizer], tensors: Mapping[str, Te
 
 
 def save_checkpoint(
-    folder: str, parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer], progress: Progress
+    folder: str,
+    parameters: Mapping[str, Tensor],
+    optimizers: Sequence[Optimizer],
+    progress: Progress,
+    averages: Mapping[str, Tensor],
 ) -> None:
     """Write a checkpoint below ``folder`` (a URI), then drop all but the newest two."""
+    contents = {
+        "weights.safetensors": parameters,
+        "optimizer.safetensors": flatten_optimizers(optimizers),
+        AVERAGES_FILE: averages,
+    }
     files = {
-        "weights.safetensors": save({name: p.detach().cpu().contiguous() for name, p in parameters.items()}),
-        "optimizer.safetensors": save(
-            {name: t.detach().cpu().contiguous() for name, t in flatten_optimizers(optimizers).items()}
-        ),
+        file: save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        for file, tensors in contents.items()
+        if tensors
     }
     target = storage.join_uri(folder, f"step-{progress.step:08d}")
     for name, data in files.items():
         storage.write_bytes(storage.join_uri(target, name), data)
     state = {
-        "step": progress.step,
-        "history": progress.history,
-        "seconds": progress.seconds,
+        **asdict(progress),
         "digests": {name: compute_digest(data) for name, data in files.items()},
     }
     storage.write_bytes(storage.join_uri(target, "state.json"), json.dumps(state).encode())
@@ -85,8 +96,10 @@ def list_checkpoints(folder: str) -> list[str]:
     return sorted(name.split("/")[0] for name in storage.list_files(folder) if name.endswith("/state.json"))
 
 
-def restore_checkpoint(folder: str, parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> Progress:
-    """Load the newest whole checkpoint into the parameters and optimizers; a fresh ``Progress`` where there is none."""
+def restore_checkpoint(
+    folder: str, parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer], averages: Mapping[str, Tensor]
+) -> Progress:
+    """Load the newest whole checkpoint into what it was made of; a fresh ``Progress`` where there is none."""
     for name in reversed(list_checkpoints(folder)):
         uri = storage.join_uri(folder, name)
         state = json.loads(storage.read_bytes(storage.join_uri(uri, "state.json")))
@@ -95,12 +108,16 @@ def restore_checkpoint(folder: str, parameters: Mapping[str, Tensor], optimizers
         if damaged:
             logger.warning("checkpoint %s is damaged (%s): taking the one before", uri, ", ".join(damaged))
             continue
-        weights = load(files["weights.safetensors"])
-        if weights.keys() != parameters.keys():
-            raise ValueError(f"checkpoint {uri} holds other weights than this model trains")
-        with torch.no_grad():
-            for key, parameter in parameters.items():
-                parameter.copy_(weights[key])
+        _fill(parameters, load(files["weights.safetensors"]), uri)
+        _fill(averages, load(files[AVERAGES_FILE]) if AVERAGES_FILE in files else {}, uri)
         restore_optimizers(optimizers, load(files["optimizer.safetensors"]))
-        return Progress(step=state["step"], history=state["history"], seconds=state["seconds"])
+        return Progress(**{name: value for name, value in state.items() if name != "digests"})
     return Progress()
+
+
+def _fill(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor], uri: str) -> None:
+    if saved.keys() != tensors.keys():
+        raise ValueError(f"checkpoint {uri} holds other weights than this model trains")
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            tensor.copy_(saved[key])

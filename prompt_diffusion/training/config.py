@@ -36,6 +36,10 @@ class OptimizerConfig(_Frozen):
     """The rate at the last step, as a share of the base rate."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest norm of the gradient over all parameters; None leaves it alone, as published."""
+    skip_norm: float | None = Field(default=None, gt=0)
+    """Norm of the gradient above which a step is skipped and counted; None skips only what is not finite."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of the average of the weights that is kept beside them and becomes the model; None keeps none, as published."""
 
 
 class NoiseConfig(_Frozen):
@@ -47,6 +51,8 @@ class NoiseConfig(_Frozen):
     """Share of the samples whose timestep is drawn from the noisiest ``late_timesteps`` alone."""
     late_timesteps: int = Field(default=150, ge=1, le=1000)
     """How many of the noisiest timesteps that share is drawn from."""
+    min_snr_gamma: float | None = Field(default=None, gt=0)
+    """Weight a sample's loss by min(SNR, gamma) (Hang et al., arXiv 2303.09556); None weighs all alike, as published."""
 
 
 class DropoutConfig(_Frozen):
@@ -86,6 +92,8 @@ class TrainConfig(_Frozen):
     """Optimizer and schedule."""
     stem_channels: tuple[int, ...] = (16, 32, 96, 256)
     """Channels of the stems; each step after the first halves the size."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What the networks compute in, by autocast; weights, optimizer and loss stay float32, as published throughout."""
     train_decoder: bool = True
     """Train the UNet's decoder beside the ControlNet, as published (the flag that should lock it is inverted)."""
     batch_size: int = Field(default=512, ge=1)

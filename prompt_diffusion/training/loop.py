@@ -5,6 +5,7 @@ taken in micro-batches of ``device_batch_size``. The loss of a step is the mean 
 """
 
 import logging
+import math
 import signal
 import threading
 import time
@@ -23,6 +24,8 @@ from prompt_diffusion.training.optimizer import build_optimizers, learning_rate_
 from prompt_diffusion.training.world import World
 
 logger = logging.getLogger(__name__)
+
+_MAX_SKIPS_IN_A_ROW = 5
 
 
 class Objective(Protocol):
@@ -65,57 +68,113 @@ def run_loop(
     """Train from the newest checkpoint to the last step; the parameters are changed in place.
 
     ``on_step`` gets, on the main process every ``log_every_steps``: step, num_steps, loss, losses by label, gradient_norm,
-    learning_rate_factor, samples_per_second, eta_seconds. Raises ``Stopped`` after SIGTERM or SIGINT, with a checkpoint saved,
-    and ``FloatingPointError`` where a loss is not finite, with the last good checkpoint left.
+    learning_rate_factor, num_skipped, samples_per_second, eta_seconds. Raises ``Stopped`` after SIGTERM or SIGINT, with a
+    checkpoint saved. A step whose loss or gradient is not finite, or too large for the recipe, changes nothing and is
+    counted; after five in a row FloatingPointError, with the last good checkpoint left. Where a device's memory does not
+    suffice, micro-batches are halved; MemoryError where one sample is too much.
     """
     if plan.batch_size % world.size:
         raise ValueError(f"a batch of {plan.batch_size} samples does not divide among {world.size} processes")
     optimizers = build_optimizers(parameters, plan.optimizer, world)
-    progress = restore_checkpoint(plan.checkpoints, parameters, optimizers)
-    meter = Meter(progress, plan, resources)
+    decay = plan.optimizer.ema_decay
+    averages = {} if decay is None else {name: p.detach().clone() for name, p in parameters.items()}
+    progress = restore_checkpoint(plan.checkpoints, parameters, optimizers, averages)
+    meter, micro = Meter(progress, plan, resources), MicroBatch(resources.device_batch_size)
     with _catch_signals() as stop_requested:
         while progress.step < plan.num_steps:
             set_learning_rates(optimizers, learning_rate_factor(progress.step, plan.num_steps, plan.optimizer))
-            sums = _accumulate(objective, parameters, plan, resources, world, progress.step)
+            sums = _accumulate(objective, parameters, plan, micro, world, progress.step)
             # the last entry is the wish to stop: summed, so that every process leaves at the same step
             sums[-1, 0] = float(stop_requested.is_set())
             world.sum_in_place(sums)
-            if not bool(torch.isfinite(sums).all()):
-                raise FloatingPointError(
-                    f"the loss of step {progress.step + 1} is not finite: stopped; the last checkpoint is whole"
-                )
             norm = _clip(parameters, plan.optimizer.clip_norm)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
             progress.step += 1
+            if _is_sound(sums, norm, plan.optimizer.skip_norm):
+                progress.skipped_in_a_row = 0
+                for optimizer in optimizers:
+                    optimizer.step()
+                if decay is not None:
+                    _move_averages(averages, parameters, decay)
+            else:
+                _count_skip(progress, norm)
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
             meter.record(objective.labels, sums, norm, on_step if world.is_main else None)
             is_last, wants_to_stop = progress.step == plan.num_steps, bool(sums[-1, 0] > 0)
             if world.is_main and (is_last or wants_to_stop or meter.checkpoint_is_due()):
-                save_checkpoint(plan.checkpoints, parameters, optimizers, progress)
+                save_checkpoint(plan.checkpoints, parameters, optimizers, progress, averages)
                 meter.checkpoint_done()
             if wants_to_stop and not is_last:
                 raise Stopped(f"stopped at step {progress.step} of {plan.num_steps}; run the same command to go on")
+    if averages:
+        _move_averages(parameters, averages, 0.0)
     return progress
+
+
+@torch.no_grad()
+def _move_averages(averages: Mapping[str, Tensor], parameters: Mapping[str, Tensor], decay: float) -> None:
+    """Move each average towards its parameter; with decay 0, onto it."""
+    torch._foreach_lerp_(list(averages.values()), list(parameters.values()), 1.0 - decay)
+
+
+@dataclass
+class MicroBatch:
+    """How many samples a device takes at once: as asked, or as many as its memory bears."""
+
+    size: int
+
+
+def _is_sound(sums: Tensor, norm: float, skip_norm: float | None) -> bool:
+    """Say whether a step may be taken: the same on every process, for sums and gradients are."""
+    return bool(torch.isfinite(sums).all()) and math.isfinite(norm) and (skip_norm is None or norm <= skip_norm)
+
+
+def _count_skip(progress: Progress, norm: float) -> None:
+    progress.num_skipped += 1
+    progress.skipped_in_a_row += 1
+    logger.warning("step %d is skipped: its loss is not finite, or its gradient's norm is %g", progress.step, norm)
+    if progress.skipped_in_a_row == _MAX_SKIPS_IN_A_ROW:
+        raise FloatingPointError(
+            f"steps {progress.step - _MAX_SKIPS_IN_A_ROW + 1} to {progress.step} had losses or gradients that are not finite "
+            "or too large: stopped; the last checkpoint is whole"
+        )
 
 
 def _accumulate(
     objective: Objective,
     parameters: Mapping[str, Tensor],
     plan: LoopPlan,
-    resources: TrainResources,
+    micro: MicroBatch,
     world: World,
     step: int,
 ) -> Tensor:
     """Leave the batch's mean gradient in the parameters; return sums and counts by label, and one row to spare."""
     indices = split_batch(step, plan.batch_size, world.rank, world.size)
+    while True:
+        try:
+            sums = _add_up(objective, indices, micro.size, plan.batch_size)
+            break
+        except torch.OutOfMemoryError as error:
+            if micro.size == 1:
+                raise MemoryError(f"one sample does not fit into the memory of {world.device}: {error}") from error
+            micro.size = (min(micro.size, len(indices)) + 1) // 2
+            logger.warning("out of memory: %d samples at once from here on, the batch stays as it is", micro.size)
+        # Begun anew, once the error and what it held are gone.
+        for parameter in parameters.values():
+            parameter.grad = None
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()
+    world.sum_gradients(list(parameters.values()))
+    return sums
+
+
+def _add_up(objective: Objective, indices: range, size: int, batch_size: int) -> Tensor:
     sums = torch.zeros(len(objective.labels) + 1, 2, dtype=torch.float64)
-    for start in range(0, len(indices), resources.device_batch_size):
-        losses, labels = objective.compute_losses(indices[start : start + resources.device_batch_size])
-        (losses.sum() / plan.batch_size).backward()  # type: ignore[no-untyped-call]
+    for start in range(0, len(indices), size):
+        losses, labels = objective.compute_losses(indices[start : start + size])
+        (losses.sum() / batch_size).backward()  # type: ignore[no-untyped-call]
         for loss, label in zip(losses.tolist(), labels, strict=True):
             sums[label] += torch.tensor([loss, 1.0], dtype=torch.float64)
-    world.sum_gradients(list(parameters.values()))
     return sums
 
 
@@ -138,21 +197,23 @@ class Meter:
         progress.seconds = self.earlier_seconds + elapsed
         losses = {}
         for label, (total, count) in zip(labels, sums.tolist(), strict=False):
-            if count:
+            if count and math.isfinite(total):
                 losses[label] = total / count
                 progress.history.append(
                     {"step": progress.step, "label": label, "loss": total / count, "num_samples": int(count)}
                 )
-        if on_step is None or (progress.step % self.resources.log_every_steps and progress.step != self.plan.num_steps):
+        is_due = progress.step % self.resources.log_every_steps == 0 or progress.step == self.plan.num_steps
+        if on_step is None or not is_due or not losses:
             return
         rate = (progress.step - self.first_step) / max(elapsed, 1e-9)
         on_step(
             {
                 "step": progress.step,
                 "num_steps": self.plan.num_steps,
-                "loss": float(sums[:-1, 0].sum() / sums[:-1, 1].sum()),
+                "loss": float(sums[:-1, 0].nansum() / sums[:-1, 1].sum()),
                 "losses": losses,
                 "gradient_norm": norm,
+                "num_skipped": progress.num_skipped,
                 "learning_rate_factor": learning_rate_factor(
                     progress.step - 1, self.plan.num_steps, self.plan.optimizer
                 ),

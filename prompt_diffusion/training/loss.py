@@ -24,6 +24,19 @@ def draw_timestep(generator: np.random.Generator, noise: NoiseConfig, num_timest
     return int(generator.integers(first, num_timesteps))
 
 
+def weigh_by_snr(alphas_cumprod: Tensor, steps: Tensor, gamma: float, prediction_type: str) -> Tensor:
+    """Return each sample's loss weight of the min-SNR-gamma strategy (Hang et al., arXiv 2303.09556, equation 10 and table 1).
+
+    ``alphas_cumprod``: the schedule, T; ``steps``: N. With SNR = a / (1 - a): min(SNR, gamma) / SNR for noise prediction,
+    min(SNR, gamma) / (SNR + 1) for v.
+    """
+    signal = alphas_cumprod[steps]
+    snr = signal / (1.0 - signal)
+    capped = snr.clamp(max=gamma)
+    # Where nothing of the signal is left, both vanish alike.
+    return capped / (snr + 1.0) if prediction_type == "v_prediction" else torch.where(snr > 0, capped / snr, 1.0)
+
+
 def sample_noise(generator: np.random.Generator, shape: tuple[int, ...] | torch.Size) -> Tensor:
     """Draw standard Gaussian noise of a shape in float32, on the CPU: the same whatever the training runs on."""
     return torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32))
@@ -111,18 +124,23 @@ class InContextObjective:
         steps = torch.tensor(timesteps, device=self.device)
         query = to_model_range(np.stack([s.query for s in samples])).to(self.device)
         pair = self._example_pairs(draws, samples)
-        features = self.controlnet.compute_condition_features(pair, query)
-        prediction = predict_noise(
-            self.unet,
-            self.controlnet,
-            self.scheduler.add_noise(clean, noise, steps),
-            steps,
-            self.text[texts].to(self.device),
-            features,
-        )
+        low = self.config.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
+            prediction = predict_noise(
+                self.unet,
+                self.controlnet,
+                self.scheduler.add_noise(clean, noise, steps),
+                steps,
+                self.text[texts].to(self.device),
+                self.controlnet.compute_condition_features(pair, query),
+            )
         is_v = self.scheduler.config["prediction_type"] == "v_prediction"
         target = self.scheduler.get_velocity(clean, noise, steps) if is_v else noise
         losses = (prediction.float() - target).square().flatten(1).mean(dim=1)
+        gamma = self.config.noise.min_snr_gamma
+        if gamma is not None:
+            schedule = self.scheduler.alphas_cumprod.to(self.device)
+            losses = losses * weigh_by_snr(schedule, steps, gamma, self.scheduler.config["prediction_type"])
         return losses, [self.labels.index(d.vision_task.name) for d in draws]
 
     def _posterior(self, draw: SampleDraw) -> tuple[Tensor, Tensor]:

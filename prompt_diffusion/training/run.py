@@ -34,7 +34,7 @@ def main(spec_file: str) -> int:
     except Stopped as stopped:
         logger.info("%s", stopped)
         return STOPPED_EXIT_CODE
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, MemoryError) as error:
         _emit({"error": str(error)})
         return 2
     return 0

@@ -1,0 +1,235 @@
+"""Claim: our training step is faster than the published one, on the same model, samples and machine.
+
+The published step, written plainly with diffusers: float32, gradient checkpointing, autoencoder and text encoder in every
+step. Ours: stored posteriors and text embeddings, no checkpointing; on a GPU bfloat16 autocast besides. Both train a
+ControlNet with both stems and the UNet's decoder, with AdamW. On a CPU the model has SD v1.5's layout at a fifth of its width,
+on a GPU its real size; weights are random. Also reported: the arithmetic of a sample, and what share of a matrix product's
+speed ours reaches. The last line is one JSON object.
+"""
+
+import argparse
+import copy
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from _measuring import add_out_option, compare, describe_device, find_versions, finish, synchronise, take_turns
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from prompt_diffusion.annotators.annotate import run_annotate
+from prompt_diffusion.annotators.base import AnnotateResources
+from prompt_diffusion.annotators.config import AnnotateConfig
+from prompt_diffusion.data.dataset import InContextData
+from prompt_diffusion.data.ingest import IngestConfig, run_ingest
+from prompt_diffusion.data.sources.scenes import ScenesConfig
+from prompt_diffusion.data.transforms import to_model_range
+from prompt_diffusion.model.base import Base
+from prompt_diffusion.model.controlnet import PromptDiffusionControlNet, predict_noise
+from prompt_diffusion.store.manifest import open_manifest
+from prompt_diffusion.training.config import TrainConfig
+from prompt_diffusion.training.encode import encode_posterior
+from prompt_diffusion.training.loss import InContextObjective, draw_sample, draw_timestep, sample_noise
+from prompt_diffusion.training.optimizer import build_optimizers
+from prompt_diffusion.training.pretrain import train_tokenizer
+from prompt_diffusion.training.pretrain_config import PretrainConfig
+from prompt_diffusion.training.train import build_controlnet, place_networks, select_parameters
+
+IMAGE_SIZE = 256
+CONDITIONS = ("depth", "hed", "seg")
+
+
+def build_base(divisor: int, captions: list[str]) -> Base:
+    """Return SD v1.5's layout with every width divided, and random weights."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=32,
+        block_out_channels=tuple(width // divisor for width in (320, 640, 1280, 1280)),
+        down_block_types=(*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+        up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+        cross_attention_dim=_round(768 // divisor, 8),
+        attention_head_dim=8,
+        norm_num_groups=32,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=tuple(max(32, width // divisor // 32 * 32) for width in (128, 256, 512, 512)),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=IMAGE_SIZE,
+    )
+    tokenizer = train_tokenizer(captions, PretrainConfig(text_length=77))
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=_round(768 // divisor, 8),
+            intermediate_size=4 * _round(768 // divisor, 8),
+            num_hidden_layers=12,
+            num_attention_heads=8,
+            max_position_embeddings=77,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    for part in (unet, vae, text_encoder):
+        part.eval().requires_grad_(False)
+    return Base(vae, unet, text_encoder, tokenizer, scheduler)
+
+
+def _round(value: int, multiple: int) -> int:
+    return max(multiple, value // multiple * multiple)
+
+
+def load_data(num_groups: int, folder: str) -> InContextData:
+    """Return ray-cast scenes at 256 px with their exact maps."""
+    config = IngestConfig(
+        source=ScenesConfig(num_groups=num_groups), image_size=IMAGE_SIZE, split_fractions=(1.0, 0.0, 0.0)
+    )
+    pairs = run_ingest(config, folder)
+    maps = {
+        name: open_manifest(run_annotate(AnnotateConfig(condition=name), pairs, folder, AnnotateResources()).uri)
+        for name in CONDITIONS
+    }
+    return InContextData(open_manifest(pairs.uri), maps, "train")
+
+
+class PublishedStep:
+    """The published step: everything online, gradient checkpointing, float32."""
+
+    def __init__(
+        self, config: TrainConfig, base: Base, controlnet: PromptDiffusionControlNet, data: InContextData
+    ) -> None:
+        self.config, self.base, self.controlnet, self.data = config, base, controlnet, data
+        self.scheduler = DDPMScheduler.from_config(base.scheduler.config)
+        self.device = next(base.unet.parameters()).device
+
+    def compute_losses(self, indices: range) -> Tensor:
+        """Return the loss of each sample, of the same draws as ours."""
+        draws = [draw_sample(self.config, self.data, index) for index in indices]
+        samples = [self.data.assemble(draw.vision_task, draw.row, draw.example_row) for draw in draws]
+        steps = torch.tensor([draw_timestep(draw.generator, self.config.noise, 1000) for draw in draws])
+        steps = steps.to(self.device)
+
+        def to_device(images: list[Any]) -> Tensor:
+            return to_model_range(np.stack(images)).to(self.device)
+
+        with torch.no_grad():
+            posterior = self.base.vae.encode(to_device([sample.target for sample in samples])).latent_dist
+            clean = posterior.mean + posterior.std * torch.stack(
+                [sample_noise(draw.generator, posterior.mean.shape[1:]) for draw in draws]
+            ).to(self.device)
+            clean = clean * self.base.vae.config["scaling_factor"]
+            text = self.base.encode_text(
+                [sample.prompt if draw.has_text else "" for draw, sample in zip(draws, samples, strict=True)]
+            )
+        noise = torch.stack([sample_noise(draw.generator, clean.shape[1:]) for draw in draws]).to(self.device)
+        pairs = torch.cat(
+            [to_device([s.example_source for s in samples]), to_device([s.example_target for s in samples])], 1
+        )
+        kept = torch.tensor([draw.has_example for draw in draws], device=self.device)[:, None, None, None]
+        features = self.controlnet.compute_condition_features(pairs * kept, to_device([s.query for s in samples]))
+        noisy = self.scheduler.add_noise(clean, noise, steps)
+        prediction = predict_noise(self.base.unet, self.controlnet, noisy, steps, text, features)
+        return (prediction - noise).square().flatten(1).mean(dim=1)
+
+
+def measure_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the operations a second of a large matrix product."""
+    size = 8192 if device.type == "cuda" else 1536
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(5):
+        started = time.perf_counter()
+        left @ right
+        synchronise()
+        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+def main() -> None:
+    """Measure and print."""
+    has_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--divisor", type=int, default=1 if has_gpu else 5, help="how much narrower than SD v1.5")
+    parser.add_argument("--batch-size", type=int, default=64 if has_gpu else 4)
+    parser.add_argument("--rounds", type=int, default=8 if has_gpu else 5)
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="bfloat16" if has_gpu else "float32")
+    add_out_option(parser)
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if has_gpu else "cpu")
+    stem_channels = tuple(max(4, width // arguments.divisor) for width in (16, 32, 96, 256))
+    config = TrainConfig(
+        image_to_map_examples={"other_group": 1.0},
+        map_to_image_examples={"other_group": 1.0},
+        stem_channels=stem_channels,
+        precision=arguments.precision,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        data = load_data(2 * arguments.batch_size, folder)
+    base = build_base(arguments.divisor, data.captions("edited"))
+    controlnet = build_controlnet(config, base)
+    published_base, published_controlnet = copy.deepcopy(base), copy.deepcopy(controlnet)
+    for part in (published_base.unet, published_base.vae, published_base.text_encoder, published_controlnet):
+        part.to(device)
+    place_networks(base, controlnet, device)
+    targets = {None: None, **{name: name for name in CONDITIONS}}
+    latents: dict[str | None, tuple[Tensor, Tensor]] = {}
+    for key, condition in targets.items():
+        images = np.stack([data.image(row, "edited", condition) for row in range(data.num_rows)])
+        mean, std = encode_posterior(base.vae, images)
+        latents[key] = (torch.from_numpy(mean), torch.from_numpy(std))
+    objective = InContextObjective(config, base, controlnet, data, latents, device)
+    published = PublishedStep(config, published_base, published_controlnet, data)
+    published_controlnet.trunk.enable_gradient_checkpointing()
+    published_base.unet.enable_gradient_checkpointing()
+    published_base.unet.train()
+    ours = select_parameters(config, base, controlnet)
+    theirs = select_parameters(config, published_base, published_controlnet)
+    first = range(arguments.batch_size)
+    with torch.no_grad():
+        gap = float((objective.compute_losses(first)[0].float() - published.compute_losses(first)).abs().max())
+    optimizers = {"ours": build_optimizers(ours, config.optimizer), "peer": build_optimizers(theirs, config.optimizer)}
+    position = {"ours": 0, "peer": 0}
+
+    def step(name: str) -> None:
+        indices = range(position[name], position[name] + arguments.batch_size)
+        position[name] += arguments.batch_size
+        losses = objective.compute_losses(indices)[0] if name == "ours" else published.compute_losses(indices)
+        losses.mean().backward()
+        for optimizer in optimizers[name]:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    with FlopCounterMode(display=False) as counter:
+        step("ours")
+    operations = counter.get_total_flops() / arguments.batch_size
+    seconds = take_turns(arguments.rounds, {name: (lambda name=name: step(name)) for name in ("ours", "peer")})
+    compared = compare(seconds, arguments.batch_size)
+    ceiling = measure_ceiling(device, torch.bfloat16 if arguments.precision == "bfloat16" else torch.float32)
+    finish(
+        {
+            "name": "train_step",
+            **compared,
+            "unit": f"samples/s, SD v1.5 at 1/{arguments.divisor} of its width, batch {arguments.batch_size}, "
+            f"ours in {arguments.precision}",
+            "device": describe_device(),
+            "versions": find_versions("torch", "diffusers", "transformers"),
+            "largest_loss_difference": gap,
+            "gigaflop_a_sample": round(operations / 1e9, 2),
+            "teraflops_ours": round(compared["ours"] * operations / 1e12, 4),
+            "teraflops_matrix_product": round(ceiling / 1e12, 4),
+            "share_of_ceiling": round(compared["ours"] * operations / ceiling, 3),
+            "parameters_trained": sum(parameter.numel() for parameter in ours.values()),
+        },
+        arguments.out,
+    )
+
+
+if __name__ == "__main__":
+    main()
