@@ -321,3 +321,14 @@ def test_model_range_is_minus_one_to_one_and_inverts() -> None:
     assert torch.equal(values[0, :, 0, 1], torch.full((3,), 1 / 127.5 - 1.0))
     assert np.array_equal(from_model_range(values), images)
     assert from_model_range(torch.tensor([[[[-3.0]], [[3.0]], [[0.0]]]])).tolist() == [[[[0, 255, 128]]]]
+
+
+def test_a_grey_picture_is_written_as_one_channel_and_read_back_as_three() -> None:
+    grey = np.repeat(np.random.default_rng(0).integers(0, 256, (40, 50, 1), dtype=np.uint8), 3, axis=2)
+    coloured = grey.copy()
+    coloured[0, 0, 2] ^= 1
+    assert Image.open(io.BytesIO(encode_png(grey))).mode == "L"
+    assert Image.open(io.BytesIO(encode_png(coloured))).mode == "RGB"
+    np.testing.assert_array_equal(decode_image(encode_png(grey)), grey)
+    np.testing.assert_array_equal(decode_image(encode_png(coloured)), coloured)
+    assert len(encode_png(grey)) < 0.5 * len(encode_png(coloured))

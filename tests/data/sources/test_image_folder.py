@@ -156,9 +156,10 @@ def test_exactly_one_table_is_needed(folder: Path, num_tables: int) -> None:
 
 def test_the_digest_sees_captions_and_images_and_not_the_place(tmp_path: Path) -> None:
     digests = []
-    for place, caption, value in (("a", "one", 1), ("b", "one", 1), ("c", "two", 1), ("d", "one", 255)):
+    plain, other = (np.random.default_rng(seed).integers(0, 9 * (seed + 1), (40, 40, 3), np.uint8) for seed in (0, 1))
+    for place, caption, image in (("a", "one", plain), ("b", "one", plain), ("c", "two", plain), ("d", "one", other)):
         (tmp_path / place).mkdir()
-        write_image(tmp_path / place / "x.png", value)
+        (tmp_path / place / "x.png").write_bytes(encode_png(image))
         write_csv(tmp_path / place, [{"file_name": "x.png", "caption": caption}])
         digests.append(ImageFolderSource(ImageFolderConfig(uri=str(tmp_path / place)), 32).digest())
     assert digests[0] == digests[1]
