@@ -114,6 +114,7 @@ def peer_depth_anything(size: int, device: str) -> tuple[Any, OneImage]:
         DPTImageProcessor,
         pipeline,
     )
+    from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     stages = ["stage3", "stage6", "stage9", "stage12"]
     backbone = Dinov2Config(
@@ -121,7 +122,12 @@ def peer_depth_anything(size: int, device: str) -> tuple[Any, OneImage]:
     )
     network = DepthAnythingForDepthEstimation(DepthAnythingConfig(backbone_config=backbone)).eval()
     processor = DPTImageProcessor(
-        size={"height": 518, "width": 518}, keep_aspect_ratio=True, ensure_multiple_of=14, do_pad=False
+        size={"height": 518, "width": 518},
+        keep_aspect_ratio=True,
+        ensure_multiple_of=14,
+        do_pad=False,
+        image_mean=IMAGENET_DEFAULT_MEAN,
+        image_std=IMAGENET_DEFAULT_STD,
     )
     estimate = pipeline("depth-estimation", model=network, image_processor=processor, device=torch.device(device))
 

@@ -36,6 +36,8 @@ def build_midas(arrays: Arrays, name: str, device: str) -> "Callable[[Tensor], T
 
     It takes multiples of 32 pixels. Other images are resized to the nearest ones and the prediction back, bilinearly.
     """
+    from threading import Lock
+
     from torch.nn.functional import interpolate
 
     from prompt_diffusion.annotators.networks import load_parameters, to_tensors
@@ -44,15 +46,21 @@ def build_midas(arrays: Arrays, name: str, device: str) -> "Callable[[Tensor], T
     network = build_midas_network()
     load_parameters(network, to_tensors(arrays), name)
     network.to(device)
+    # A forward pass reads back what its hooks wrote: threads that share a network would read each other's features.
+    one_at_a_time = Lock()
+
+    def run(values: "Tensor") -> "Tensor":
+        with one_at_a_time:
+            prediction: Tensor = network(values)
+            return prediction
 
     def predict(images: "Tensor") -> "Tensor":
         values, size = images.float() / 127.5 - 1.0, tuple(images.shape[2:])
         inner = tuple(round_to_multiple(side, 32) for side in size)
         if inner == size:
-            prediction: Tensor = network(values)
-            return prediction
+            return run(values)
         values = interpolate(values, inner, mode="bilinear", antialias=True, align_corners=False)
-        return interpolate(network(values)[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+        return interpolate(run(values)[:, None], size, mode="bilinear", align_corners=False)[:, 0]
 
     return predict
 
@@ -79,11 +87,17 @@ def wrap_depth_anything(network: Callable[..., object], size: int) -> Infer:
     """Put transformers' pre- and post-processing around a network: about `size` pixels a side, bicubic in and out."""
     import torch
     from transformers import DPTImageProcessor
+    from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     from prompt_diffusion.annotators.relief import stretch_range
 
     processor = DPTImageProcessor(
-        size={"height": size, "width": size}, keep_aspect_ratio=True, ensure_multiple_of=14, do_pad=False
+        size={"height": size, "width": size},
+        keep_aspect_ratio=True,
+        ensure_multiple_of=14,
+        do_pad=False,
+        image_mean=IMAGENET_DEFAULT_MEAN,  # the processor's own default is 0.5, MiDaS's
+        image_std=IMAGENET_DEFAULT_STD,
     )
 
     def infer(images: "Tensor") -> "Tensor":

@@ -17,7 +17,7 @@ Mask = npt.NDArray[np.bool_]
 OUTLIER_SHARE = 0.05
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: the command line prints its vars
 class DepthErrors:
     """Errors of aligned disparities, as shares of the range of the truth."""
 
@@ -32,11 +32,17 @@ class DepthErrors:
 
 
 def align_scale_and_shift(prediction: Disparity, truth: Disparity, is_known: Mask) -> tuple[float, float]:
-    """Return scale and shift that bring a prediction nearest to the truth, by least squares over the known pixels."""
-    known = prediction[is_known]
-    terms = np.stack([known, np.ones_like(known)], axis=1)
-    scale, shift = np.linalg.lstsq(terms, truth[is_known], rcond=None)[0]
-    return float(scale), float(shift)
+    """Return scale and shift that bring a prediction nearest to the truth, by least squares over the known pixels.
+
+    The scale is never negative, unlike in the paper: near is bright, and a map that has it the other way round must not
+    pass. It gets 0, as a flat map does.
+    """
+    known, targets = prediction[is_known], truth[is_known]
+    centred = known - known.mean()
+    variance = float(np.square(centred).mean())
+    covariance = float((centred * (targets - targets.mean())).mean())
+    scale = max(covariance / variance, 0.0) if variance > 0 else 0.0
+    return scale, float(targets.mean() - scale * known.mean())
 
 
 def compute_depth_errors(prediction: Disparity, truth: Disparity) -> DepthErrors:

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 def build_lineart(arrays: Arrays, name: str, device: str) -> Infer:
-    """Return line drawings at the images' own resolution; sides that are no multiple of 4 are completed by their edge."""
+    """Return line drawings at the images' own resolution.
+
+    Sides that are no multiple of 4, or below the 8 pixels that the network needs, are completed by repeating their edge.
+    """
     from torch.nn.functional import pad
 
     from prompt_diffusion.annotators.networks import import_quietly, load_parameters, to_tensors
@@ -27,7 +30,8 @@ def build_lineart(arrays: Arrays, name: str, device: str) -> Infer:
 
     def infer(images: "Tensor") -> "Tensor":
         height, width = images.shape[2:]
-        values = pad(images.float() / 255.0, (0, -width % 4, 0, -height % 4), mode="replicate")
+        missing = [max(-side % 4, 8 - side) for side in (width, height)]
+        values = pad(images.float() / 255.0, (0, missing[0], 0, missing[1]), mode="replicate")
         lines: Tensor = (network(values)[:, 0, :height, :width] * 255.0).clamp(0, 255)
         return 255.0 - lines.floor()
 

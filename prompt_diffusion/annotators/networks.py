@@ -46,8 +46,9 @@ def load_transformer(model_class: Any, config: Any, arrays: Arrays, name: str) -
     finally:
         their_logging.set_verbosity(verbosity)
         their_logging.enable_progress_bar()
-    # How many batches a normalisation has seen is of no use in inference, and older files do not tell it.
-    missing = sorted(key for key in report["missing_keys"] if not key.endswith("num_batches_tracked"))
+    # Of no use in inference, and not in every file: how many batches a normalisation has seen, and the loss's own.
+    needed = (key for key in report["missing_keys"] if not key.endswith("num_batches_tracked"))
+    missing = sorted(key for key in needed if not key.startswith("criterion."))
     for key in missing:
         raise ValueError(f"weights {name} do not fit {model_class.__name__}: {key} is missing there")
     for key, theirs, ours in sorted(report["mismatched_keys"]):

@@ -49,7 +49,15 @@ def compute_normals(depth: Tensor) -> Tensor:
     """
     kernel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]], device=depth.device)
     kernels = torch.stack([kernel, kernel.T])[:, None]
-    padded = nn.functional.pad(depth[:, None], (1, 1, 1, 1), mode="reflect")
-    slopes = nn.functional.conv2d(padded, kernels) * (stretch_range(depth) >= BACKGROUND_THRESHOLD)[:, None]
+    rows, columns = (_reflect_border(side) for side in depth.shape[1:])
+    slopes = (
+        nn.functional.conv2d(depth[:, None, rows][..., columns], kernels)
+        * (stretch_range(depth) >= BACKGROUND_THRESHOLD)[:, None]
+    )
     normals = torch.cat([slopes, torch.full_like(slopes[:, :1], NORMAL_Z)], dim=1)
     return nn.functional.normalize(normals, dim=1).permute(0, 2, 3, 1)
+
+
+def _reflect_border(side: int) -> list[int]:
+    """Return the indices of a side with one more at each end, as OpenCV reflects; torch's padding refuses a side of 1."""
+    return [min(1, side - 1), *range(side), max(side - 2, 0)]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from prompt_diffusion.annotators.depth_error import (
+    align_scale_and_shift,
     compute_depth_errors,
     load_motorcycle,
     measure_motorcycle,
@@ -62,3 +63,21 @@ def test_the_motorcycles_own_disparity_scores_best_and_is_drawn() -> None:
     assert measure_motorcycle(perfect).num_pixels > 200_000  # type: ignore[arg-type]
     sheet = render_motorcycle(perfect)  # type: ignore[arg-type]
     assert sheet.shape == (image.shape[0], 3 * image.shape[1], 3)
+
+
+def test_a_map_whose_near_is_dark_scores_as_a_flat_one() -> None:
+    inverted, flat = compute_depth_errors(-TRUTH, TRUTH), compute_depth_errors(np.ones_like(TRUTH), TRUTH)
+    assert inverted.rmse == pytest.approx(flat.rmse) == pytest.approx(TRUTH.std() / 10)
+
+
+def test_scale_and_shift_are_numpys_least_squares() -> None:
+    rng = np.random.default_rng(0)
+    prediction, is_known = rng.random((9, 7)), rng.random((9, 7)) < 0.7
+    truth = 3 * prediction + 2 + 0.5 * rng.standard_normal((9, 7))
+    design = np.stack([prediction[is_known], np.ones(is_known.sum())], axis=1)
+    expected = np.linalg.lstsq(design, truth[is_known], rcond=None)[0]
+    assert align_scale_and_shift(prediction, truth, is_known) == pytest.approx(tuple(expected))
+
+
+def test_the_command_line_can_print_the_errors() -> None:
+    assert vars(compute_depth_errors(TRUTH, TRUTH))["num_pixels"] == 2000
