@@ -152,6 +152,59 @@ def measure_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
+class Contest:
+    """Both steps on one model, with optimizers of their own."""
+
+    def __init__(self, config: TrainConfig, divisor: int, batch_size: int, device: torch.device) -> None:
+        self.batch_size = batch_size
+        with tempfile.TemporaryDirectory() as folder:
+            data = load_data(2 * batch_size, folder)
+        base = build_base(divisor, data.captions("edited"))
+        controlnet = build_controlnet(config, base)
+        latents: dict[str | None, tuple[Tensor, Tensor]] = {}
+        for condition in (None, *CONDITIONS):
+            images = np.stack([data.image(row, "edited", condition) for row in range(data.num_rows)])
+            mean, std = encode_posterior(base.vae, images)
+            latents[condition] = (torch.from_numpy(mean), torch.from_numpy(std))
+        published_base, published_controlnet = copy.deepcopy(base), copy.deepcopy(controlnet)
+        for part in (published_base.unet, published_base.vae, published_base.text_encoder, published_controlnet):
+            part.to(device)
+        place_networks(base, controlnet, device)
+        self.objective = InContextObjective(config, base, controlnet, data, latents, device)
+        self.published = PublishedStep(config, published_base, published_controlnet, data)
+        published_controlnet.trunk.enable_gradient_checkpointing()
+        published_base.unet.enable_gradient_checkpointing()
+        published_base.unet.train()
+        self.parameters = {
+            "ours": select_parameters(config, base, controlnet),
+            "peer": select_parameters(config, published_base, published_controlnet),
+        }
+        self.optimizers = {name: build_optimizers(p, config.optimizer) for name, p in self.parameters.items()}
+        self.position = dict.fromkeys(self.parameters, 0)
+
+    def compute_losses(self, name: str, indices: range) -> Tensor:
+        """Return the loss of each sample by one of the two paths."""
+        if name == "peer":
+            return self.published.compute_losses(indices)
+        return self.objective.compute_losses(indices)[0]
+
+    @torch.no_grad()
+    def find_largest_difference(self) -> float:
+        """Return how far the two losses of one sample are apart at most."""
+        first = range(self.batch_size)
+        ours, peer = (self.compute_losses(name, first).float() for name in ("ours", "peer"))
+        return float((ours - peer).abs().max())
+
+    def step(self, name: str) -> None:
+        """Take one step."""
+        indices = range(self.position[name], self.position[name] + self.batch_size)
+        self.position[name] += self.batch_size
+        self.compute_losses(name, indices).mean().backward()
+        for optimizer in self.optimizers[name]:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
 def main() -> None:
     """Measure and print."""
     has_gpu = torch.cuda.is_available()
@@ -163,54 +216,19 @@ def main() -> None:
     add_out_option(parser)
     arguments = parser.parse_args()
     device = torch.device("cuda" if has_gpu else "cpu")
-    stem_channels = tuple(max(4, width // arguments.divisor) for width in (16, 32, 96, 256))
     config = TrainConfig(
         image_to_map_examples={"other_group": 1.0},
         map_to_image_examples={"other_group": 1.0},
-        stem_channels=stem_channels,
+        stem_channels=tuple(max(4, width // arguments.divisor) for width in (16, 32, 96, 256)),
         precision=arguments.precision,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        data = load_data(2 * arguments.batch_size, folder)
-    base = build_base(arguments.divisor, data.captions("edited"))
-    controlnet = build_controlnet(config, base)
-    published_base, published_controlnet = copy.deepcopy(base), copy.deepcopy(controlnet)
-    for part in (published_base.unet, published_base.vae, published_base.text_encoder, published_controlnet):
-        part.to(device)
-    place_networks(base, controlnet, device)
-    targets = {None: None, **{name: name for name in CONDITIONS}}
-    latents: dict[str | None, tuple[Tensor, Tensor]] = {}
-    for key, condition in targets.items():
-        images = np.stack([data.image(row, "edited", condition) for row in range(data.num_rows)])
-        mean, std = encode_posterior(base.vae, images)
-        latents[key] = (torch.from_numpy(mean), torch.from_numpy(std))
-    objective = InContextObjective(config, base, controlnet, data, latents, device)
-    published = PublishedStep(config, published_base, published_controlnet, data)
-    published_controlnet.trunk.enable_gradient_checkpointing()
-    published_base.unet.enable_gradient_checkpointing()
-    published_base.unet.train()
-    ours = select_parameters(config, base, controlnet)
-    theirs = select_parameters(config, published_base, published_controlnet)
-    first = range(arguments.batch_size)
-    with torch.no_grad():
-        gap = float((objective.compute_losses(first)[0].float() - published.compute_losses(first)).abs().max())
-    optimizers = {"ours": build_optimizers(ours, config.optimizer), "peer": build_optimizers(theirs, config.optimizer)}
-    position = {"ours": 0, "peer": 0}
-
-    def step(name: str) -> None:
-        indices = range(position[name], position[name] + arguments.batch_size)
-        position[name] += arguments.batch_size
-        losses = objective.compute_losses(indices)[0] if name == "ours" else published.compute_losses(indices)
-        losses.mean().backward()
-        for optimizer in optimizers[name]:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
+    contest = Contest(config, arguments.divisor, arguments.batch_size, device)
+    gap = contest.find_largest_difference()
     with FlopCounterMode(display=False) as counter:
-        step("ours")
+        contest.step("ours")
     operations = counter.get_total_flops() / arguments.batch_size
-    seconds = take_turns(arguments.rounds, {name: (lambda name=name: step(name)) for name in ("ours", "peer")})
-    compared = compare(seconds, arguments.batch_size)
+    paths = {"ours": lambda: contest.step("ours"), "peer": lambda: contest.step("peer")}
+    compared = compare(take_turns(arguments.rounds, paths), arguments.batch_size)
     ceiling = measure_ceiling(device, torch.bfloat16 if arguments.precision == "bfloat16" else torch.float32)
     finish(
         {
@@ -225,7 +243,7 @@ def main() -> None:
             "teraflops_ours": round(compared["ours"] * operations / 1e12, 4),
             "teraflops_matrix_product": round(ceiling / 1e12, 4),
             "share_of_ceiling": round(compared["ours"] * operations / ceiling, 3),
-            "parameters_trained": sum(parameter.numel() for parameter in ours.values()),
+            "parameters_trained": sum(parameter.numel() for parameter in contest.parameters["ours"].values()),
         },
         arguments.out,
     )

@@ -101,7 +101,7 @@ def wrap_depth_anything(network: Callable[..., object], size: int) -> Infer:
     )
 
     def infer(images: "Tensor") -> "Tensor":
-        inputs = processor(images=list(images), device=images.device, return_tensors="pt")
+        inputs = processor(images=list(images.contiguous()), device=images.device, return_tensors="pt")
         sizes = [tuple(images.shape[2:])] * len(images)
         found = processor.post_process_depth_estimation(network(**inputs), sizes)
         return stretch_range(torch.stack([each["predicted_depth"] for each in found])) * 255.0

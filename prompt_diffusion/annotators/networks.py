@@ -62,8 +62,11 @@ def load_transformer(model_class: Any, config: Any, arrays: Arrays, name: str) -
 
 
 def to_tensors(arrays: Arrays) -> dict[str, Tensor]:
-    """Return named arrays as tensors, without copying where that can be."""
-    return {name: torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape)) for name, array in arrays.items()}
+    """Return named arrays as tensors in memory of torch's own, whose alignment a CPU's kernels are made for."""
+    return {
+        name: torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape)).clone()
+        for name, array in arrays.items()
+    }
 
 
 @contextmanager

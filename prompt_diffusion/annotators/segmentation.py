@@ -40,7 +40,7 @@ def wrap_upernet(network: Any, size: int) -> Infer:  # noqa: ANN401 - a model of
     processor = SegformerImageProcessor(size={"height": size, "width": size})
 
     def infer(images: "Tensor") -> "Tensor":
-        inputs = processor(images=list(images), device=images.device, return_tensors="pt")
+        inputs = processor(images=list(images.contiguous()), device=images.device, return_tensors="pt")
         return _paint(processor, network(**inputs), images)
 
     return infer
@@ -78,7 +78,9 @@ def wrap_oneformer(network: Any, size: dict[str, int]) -> Infer:  # noqa: ANN401
 
     def infer(images: "Tensor") -> "Tensor":
         tasks = ["semantic"] * len(images)
-        inputs = processor(images=list(images), task_inputs=tasks, device=images.device, return_tensors="pt")
+        inputs = processor(
+            images=list(images.contiguous()), task_inputs=tasks, device=images.device, return_tensors="pt"
+        )
         tokens = torch.tensor([_TASK_TOKENS], device=images.device).expand(len(images), -1)
         outputs = network(pixel_values=inputs["pixel_values"], pixel_mask=inputs["pixel_mask"], task_inputs=tokens)
         return _paint(processor, outputs, images)
