@@ -248,7 +248,7 @@ def measure(name: str, arguments: argparse.Namespace, device: str, folder: Path)
 
 
 def measure_apart(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure one annotator in a process of its own: on a CPU, the heap that others leave behind slows the next."""
+    """Measure one annotator in a process of its own, as a worker runs it: on a CPU, others before it slow it down."""
     command = [sys.executable, __file__, "--annotators", name]
     for option in ("image_size", "images", "batch_size", "workers", "rounds"):
         command += [f"--{option.replace('_', '-')}", str(getattr(arguments, option))]
