@@ -34,16 +34,11 @@ def open_shard_maker(
     if config.annotator == EXACT:
         yield _copying(manifest, config.condition)
         return
-    if config.resolution == "native":
-        read_files, size = (
-            _reading_source(manifest, require_ingest(ingest)),
-            int(manifest.identity.config["image_size"]),
-        )
-    else:
-        read_files, size = _reading_pairs(manifest), None
+    is_native = config.resolution == "native"
+    read_files = _reading_source(manifest, require_ingest(ingest)) if is_native else _reading_pairs(manifest)
+    size = int(manifest.identity.config["image_size"]) if is_native else None
     mirror = resources.weights_mirror or join_uri(store_root, MIRROR)
     places = resources.model_copy(update={"weights_mirror": mirror})
-
     spec = find_annotator(config.annotator)
 
     def load() -> Annotator:

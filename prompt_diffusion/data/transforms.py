@@ -81,7 +81,7 @@ def encode_png(image: Pixels) -> bytes:
         raise ValueError(f"a PNG is made of uint8 (H, W, 3), got {image.dtype} {image.shape}")
     is_grey = bool((image[..., 0] == image[..., 1]).all() and (image[..., 0] == image[..., 2]).all())
     buffer = io.BytesIO()
-    # Most condition maps are grey: as one channel they take a third of the bytes and half the time.
+    # Most condition maps are grey: as one channel they take half the bytes and less than half the time.
     Image.fromarray(np.ascontiguousarray(image[..., 0]) if is_grey else image).save(
         buffer, format="PNG", compress_level=6
     )

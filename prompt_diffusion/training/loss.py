@@ -25,7 +25,7 @@ def draw_timestep(generator: np.random.Generator, noise: NoiseConfig, num_timest
 
 
 def weigh_by_snr(alphas_cumprod: Tensor, steps: Tensor, gamma: float, prediction_type: str) -> Tensor:
-    """Return each sample's loss weight of the min-SNR-gamma strategy (Hang et al., arXiv 2303.09556, equation 10 and table 1).
+    """Return each sample's loss weight of the min-SNR-gamma strategy (Hang et al., arXiv 2303.09556).
 
     ``alphas_cumprod``: the schedule, T; ``steps``: N. With SNR = a / (1 - a): min(SNR, gamma) / SNR for noise prediction,
     min(SNR, gamma) / (SNR + 1) for v.
