@@ -1,5 +1,6 @@
 """What a training is: the recipe (scientific: it moves the fingerprint) and the resources (which never do)."""
 
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -75,7 +76,10 @@ class TrainConfig(_Frozen):
     """The recipe of one training; the defaults are the published facts (see ``presets.paper`` for their sources)."""
 
     base: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    """Base model: ``demo-base``, a folder, or a hub repository."""
+    """Base model: ``demo-base``, a folder, a hub repository, or a registered model (``models:/name@alias``)."""
+    controlnet: str | None = None
+    """ControlNet to start from: None copies the UNet's encoder, as published; ``base`` takes the one that stands beside the
+    base (a pipeline trained here); else a folder or hub repository in diffusers' layout: its trunk and query stem are taken."""
     method: Literal["prompt_diffusion", "controlnet"] = "prompt_diffusion"
     """Prompt Diffusion, or the task-specific baseline CN(FT): the same loop with the query alone."""
     vision_tasks: tuple[str, ...] = tuple(VISION_TASKS)
@@ -123,15 +127,36 @@ class TrainConfig(_Frozen):
 class TrainResources(_Frozen):
     """How a training runs here: never part of the fingerprint."""
 
+    engine: Literal["local", "ray"] = "local"
+    """Where its processes run: children of this one (torchrun for several), or Ray Train's workers on many machines."""
+    ray_address: str | None = None
+    """A running Ray cluster, as Ray names it; None starts one on this machine."""
     num_processes: int = Field(default=1, ge=1)
-    """Processes that share each step's batch."""
+    """Processes that share each step's batch: one a GPU."""
     threads_per_process: int = Field(default=1, ge=1)
     """CPU threads of each process; 1 on a shared machine, where spinning threads cost far more than they give."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU where there is one."""
-    device_batch_size: int = Field(default=64, ge=1)
-    """Largest number of samples a process holds at once; the batch is accumulated over as many passes as it takes."""
+    time_limit_seconds: float | None = Field(default=None, gt=0)
+    """Time after which the training is asked to save and stop, as by SIGTERM; the same run goes on later."""
+    device_batch_size: int | None = Field(default=None, ge=1)
+    """Samples a process holds at once; the batch is accumulated over as many passes as it takes. None finds it by trial: all
+    of the process's share, halved as long as the device's memory does not suffice."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, a third more arithmetic."""
+    compile: bool = False
+    """Compile the networks with torch.compile: a minute or more at the start."""
+    loader_threads: int = Field(default=2, ge=1)
+    """Threads a process that fetch shards and prepare samples ahead of the device."""
+    cache_dir: Path | None = None
+    """Folder of the local shard cache, best on a fast disk; None takes PROMPT_DIFFUSION_CACHE_DIR's."""
+    cache_bytes: int | None = Field(default=None, gt=0)
+    """Most bytes that the shard cache may take: the least recently used shards go first. None sets no limit."""
     checkpoint_every_seconds: float = Field(default=60.0, gt=0)
     """Time between checkpoints."""
+    spaced_checkpoints: int = Field(default=3, ge=0)
+    """Checkpoints that are kept beside the last two and the best, evenly spaced over the steps."""
+    validate_every_steps: int | None = Field(default=500, ge=1)
+    """Steps between two validations: a loss over fixed validation samples and a grid of pictures. None makes none."""
     log_every_steps: int = Field(default=10, ge=1)
     """Steps between points sent to the tracker and the terminal."""
