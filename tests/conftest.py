@@ -31,6 +31,15 @@ _PORT_OPTIONS = (
 )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep everything that is cached in a folder of the session's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PROMPT_DIFFUSION_CACHE_DIR", str(folder))
+        yield folder
+
+
 @pytest.fixture
 def tmp_store(tmp_path: Path) -> str:
     """Return the root of an empty store in a folder."""

@@ -1,30 +1,24 @@
 """Sealed manifests as in-context samples: example pair, query, target and text of a vision task."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from prompt_diffusion.data.records import Split
-from prompt_diffusion.data.transforms import Pixels, decode_image
+from prompt_diffusion.data.shard_cache import ShardCache
+from prompt_diffusion.data.transforms import Pixels
 from prompt_diffusion.store.manifest import Manifest
 from prompt_diffusion.vision_tasks import ExamplePolicy, VisionTask
 
 Side = Literal["input", "edited"]
 
-# what is read of the image pairs; their exact maps would be held in memory a second time
-_PAIR_COLUMNS = (
-    "sample_id",
-    "group_id",
-    "split",
-    "input_prompt",
-    "edited_prompt",
-    "input_image",
-    "edited_image",
-)
+_INDEX_COLUMNS = ["sample_id", "group_id", "split", "input_prompt", "edited_prompt"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,36 +35,38 @@ class Sample:
 
 
 class InContextData:
-    """The rows of one split, with their condition maps; images are decoded once and kept."""
+    """The rows of one split, with their condition maps: texts in memory, images in a local shard cache."""
 
-    def __init__(self, pairs: Manifest, maps: Mapping[str, Manifest], split: Split) -> None:
-        table = pairs.read_table(list(_PAIR_COLUMNS))
-        rows = pc.indices_nonzero(pc.equal(table["split"], split)).to_numpy()
+    def __init__(
+        self, pairs: Manifest, maps: Mapping[str, Manifest], split: Split, cache: ShardCache | None = None
+    ) -> None:
+        """Read the index of the pairs; ValueError for an empty split, or maps of other pairs."""
+        for manifest in maps.values():
+            check_aligned(manifest, "pairs", pairs)
+        table = pairs.read_index(_INDEX_COLUMNS)
+        rows = pc.indices_nonzero(pc.equal(table["split"], split)).to_numpy().astype(np.int64)
         if not len(rows):
             raise ValueError(
                 f"{pairs.ref.uri} has no row of split {split!r}: give it a larger share in ingest.split_fractions"
             )
-        kept = table.take(rows)
         self.split: Split = split
+        self.cache = cache or ShardCache()
+        self.pairs, self.maps = pairs, dict(maps)
+        kept: pa.Table = table.take(rows)
         self.sample_ids: list[str] = kept["sample_id"].to_pylist()
         self.group_ids: list[str] = kept["group_id"].to_pylist()
         self._captions: dict[Side, list[str]] = {
             "input": kept["input_prompt"].to_pylist(),
             "edited": kept["edited_prompt"].to_pylist(),
         }
-        self._encoded: dict[tuple[str | None, Side], pa.ChunkedArray] = {
-            (None, "input"): kept["input_image"],
-            (None, "edited"): kept["edited_image"],
-        }
-        for condition, manifest in maps.items():
-            found = manifest.read_table(["sample_id", "input_map", "edited_map"])
-            if not found["sample_id"].equals(table["sample_id"]):
-                raise ValueError(f"{manifest.ref.uri} is not aligned with the image pairs {pairs.ref.uri}")
-            self._encoded[condition, "input"] = found["input_map"].take(rows)
-            self._encoded[condition, "edited"] = found["edited_map"].take(rows)
-        self.rows = rows
-        """Position of each row of the split in the whole manifest: what latents are looked up by."""
-        self._decoded: dict[tuple[str | None, Side, int], Pixels] = {}
+        starts = np.concatenate([[0], np.cumsum([shard.rows for shard in pairs.shards])])
+        shards = np.searchsorted(starts, rows, side="right") - 1
+        self.places: list[tuple[int, int]] = list(zip(shards.tolist(), (rows - starts[shards]).tolist(), strict=True))
+        """Shard and position in it of each row: where maps and latents have it, too."""
+        self.shard_rows = tuple(np.bincount(shards, minlength=len(pairs.shards)).tolist())
+        """Rows of the split in each shard."""
+        self.caption_positions = _find_caption_positions(table["edited_prompt"].to_pylist(), starts)[rows].tolist()
+        """Position of each row's edited caption among the distinct ones of its shard."""
         self._groups: dict[str, list[int]] = {}
         for row, group in enumerate(self.group_ids):
             self._groups.setdefault(group, []).append(row)
@@ -85,16 +81,16 @@ class InContextData:
         return self._captions[side]
 
     def image(self, row: int, side: Side, condition: str | None) -> Pixels:
-        """Return the photograph (``condition=None``) or a condition map of one side: uint8 H, W, 3, read-only."""
-        key = (condition, side, row)
-        if key not in self._decoded:
-            if (condition, side) not in self._encoded:
-                known = sorted({c for c, _ in self._encoded if c})
-                raise ValueError(f"no condition maps {condition!r} here: there are {', '.join(known) or 'none'}")
-            decoded = decode_image(self._encoded[condition, side][row]["bytes"].as_py())
-            decoded.flags.writeable = False
-            self._decoded[key] = decoded
-        return self._decoded[key]
+        """Return the photograph (``condition=None``) or a condition map of one side: uint8 H, W, 3."""
+        if condition is not None and condition not in self.maps:
+            raise ValueError(
+                f"no condition maps {condition!r} here: there are {', '.join(sorted(self.maps)) or 'none'}"
+            )
+        manifest = self.pairs if condition is None else self.maps[condition]
+        column = f"{side}_{'image' if condition is None else 'map'}"
+        shard, position = self.places[row]
+        pixels = self.cache.read_row(manifest, shard, column, position)
+        return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
 
     def choose_example(self, policy: ExamplePolicy, query_row: int, generator: np.random.Generator) -> int:
         """Return the row that the example pair is taken from.
@@ -127,4 +123,32 @@ class InContextData:
             query=self.image(query_row, "edited", source),
             target=self.image(query_row, "edited", target),
             prompt=vision_task.text or self._captions["edited"][query_row],
+        )
+
+
+def number_captions(captions: Iterable[str]) -> dict[str, int]:
+    """Number the distinct captions of a shard in the order in which they come."""
+    return {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
+
+
+def _find_caption_positions(captions: list[str], starts: NDArray[np.int64]) -> NDArray[np.int64]:
+    positions: list[int] = []
+    for start, end in pairwise(starts.tolist()):
+        numbers = number_captions(captions[start:end])
+        positions += [numbers[caption] for caption in captions[start:end]]
+    return np.array(positions, np.int64)
+
+
+def check_made_of(manifest: Manifest, role: str, of: Manifest) -> None:
+    """Raise ValueError where a manifest was not made of the other one."""
+    if manifest.identity.inputs.get(role) != of.ref.fingerprint:
+        raise ValueError(f"{manifest.ref.uri} is not aligned with {of.ref.uri}: it was made of other {role}")
+
+
+def check_aligned(manifest: Manifest, role: str, of: Manifest) -> None:
+    """Raise ValueError where a manifest was not made of the other one, or has not its shards, row by row."""
+    check_made_of(manifest, role, of)
+    if [shard.rows for shard in manifest.shards] != [shard.rows for shard in of.shards]:
+        raise ValueError(
+            f"{manifest.ref.uri} is not aligned with {of.ref.uri}: their shards have other numbers of rows"
         )

@@ -17,7 +17,7 @@ IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 EXACT_MAPS_TYPE = pa.list_(
     pa.field("element", pa.struct([("condition", pa.string()), ("input_map", IMAGE_TYPE), ("edited_map", IMAGE_TYPE)]))
 )
-LATENT_SHAPES_KEY = b"latent_shapes"
+ARRAY_SHAPES_KEY = b"array_shapes"
 
 
 def _describe_type(data_type: pa.DataType) -> Any:  # noqa: ANN401 - JSON
@@ -135,34 +135,26 @@ def generations_table(
     return pa.table(columns, schema=GENERATION_SCHEMA)
 
 
-def latents_table(
-    sample_ids: Sequence[str],
-    posteriors: Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]],
-) -> pa.Table:
-    """Return one row a sample with `{name}_mean` and `{name}_std`: the VAE's posterior of whatever can be a target.
+def arrays_table(columns: Mapping[str, Sequence[str]], arrays: Mapping[str, NDArray[np.float32]]) -> pa.Table:
+    """Return one row a sample: text columns, and arrays such as the mean and deviation of a VAE's posterior.
 
-    Arrays are float32 (N, C, H, W); each row holds its little-endian bytes, and the metadata the shape (C, H, W).
+    Arrays are float32 (N, ...); each row holds its little-endian bytes, and the metadata the shape without N.
     """
-    columns: dict[str, pa.Array] = {"sample_id": pa.array(list(sample_ids), pa.string())}
-    shapes: dict[str, list[int]] = {}
-    for name, (mean, std) in posteriors.items():
-        if not mean.shape == std.shape or len(mean) != len(sample_ids):
-            raise ValueError(f"latents {name!r}: {len(sample_ids)} samples, mean {mean.shape}, std {std.shape}")
-        shapes[name] = list(mean.shape[1:])
-        row_type = pa.binary(4 * int(np.prod(mean.shape[1:])))
-        for part, values in (("mean", mean), ("std", std)):
-            columns[f"{name}_{part}"] = pa.array([row.astype("<f4").tobytes() for row in values], row_type)
-    return pa.table(columns).replace_schema_metadata({LATENT_SHAPES_KEY: json.dumps(shapes, sort_keys=True).encode()})
+    content: dict[str, pa.Array] = {name: pa.array(list(texts), pa.string()) for name, texts in columns.items()}
+    lengths = {name: len(values) for name, values in [*columns.items(), *arrays.items()]}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"the columns of one table have different lengths: {lengths}")
+    shapes = {name: list(values.shape[1:]) for name, values in arrays.items()}
+    for name, values in arrays.items():
+        row_type = pa.binary(4 * int(np.prod(values.shape[1:])))
+        content[name] = pa.array([row.astype("<f4").tobytes() for row in values], row_type)
+    return pa.table(content).replace_schema_metadata({ARRAY_SHAPES_KEY: json.dumps(shapes, sort_keys=True).encode()})
 
 
-def read_latents(table: pa.Table, name: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return (mean, std), float32 (N, C, H, W), of what `latents_table` made; ValueError lists what there is."""
-    shapes = json.loads((table.schema.metadata or {}).get(LATENT_SHAPES_KEY, b"{}"))
+def read_array(table: pa.Table, name: str) -> NDArray[np.float32]:
+    """Return an array, float32 (N, ...), of what `arrays_table` made; ValueError lists what there is."""
+    shapes = json.loads((table.schema.metadata or {}).get(ARRAY_SHAPES_KEY, b"{}"))
     if name not in shapes:
-        raise ValueError(f"no latents {name!r}: there are {', '.join(sorted(shapes)) or 'none'}")
-    shape = (table.num_rows, *shapes[name])
-    mean, std = (
-        np.frombuffer(b"".join(table.column(f"{name}_{part}").to_pylist()), "<f4").reshape(shape)
-        for part in ("mean", "std")
-    )
-    return mean, std
+        raise ValueError(f"no array {name!r}: there are {', '.join(sorted(shapes)) or 'none'}")
+    data = b"".join(table.column(name).to_pylist())
+    return np.frombuffer(data, "<f4").reshape(table.num_rows, *shapes[name])

@@ -4,10 +4,13 @@ Every random decision of a training sample is drawn from a counter-based generat
 the same after a restart, for any number of processes and for any micro-batch.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+
+WINDOW_SHARDS = 64
 
 
 def sample_generator(seed: int, index: int, stream: int = 0) -> np.random.Generator:
@@ -15,17 +18,57 @@ def sample_generator(seed: int, index: int, stream: int = 0) -> np.random.Genera
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, index]))
 
 
+@dataclass(frozen=True)
+class RowOrder:
+    """The order in which a training visits its rows: a permutation of them each epoch, near in time where near in the store.
+
+    Shards are shuffled and taken in windows; the rows of a window are shuffled among each other. Up to ``WINDOW_SHARDS``
+    shards make one window, so a small dataset is shuffled as a whole; of a large one, a window at a time must be at hand.
+    """
+
+    seed: int
+    shard_rows: tuple[int, ...]
+    """Rows of each shard, in the order of the store; rows are numbered through."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in all."""
+        return sum(self.shard_rows)
+
+    def row_at(self, index: int) -> int:
+        """Return the row of a sample index."""
+        epoch, position = divmod(index, self.num_rows)
+        return int(_order_rows(self.seed, epoch, self.shard_rows)[position])
+
+    def find_window(self, index: int) -> tuple[int, int]:
+        """Return the epoch and the number of the window that a sample index falls into."""
+        epoch, position = divmod(index, self.num_rows)
+        sizes = [sum(self.shard_rows[shard] for shard in shards) for shards in self.windows(epoch)]
+        return epoch, int(np.searchsorted(np.cumsum(sizes), position, side="right"))
+
+    def windows(self, epoch: int) -> list[list[int]]:
+        """Return the shards of each window of an epoch, in the order in which they are visited."""
+        order = [shard for shard in _order_shards(self.seed, epoch, self.shard_rows) if self.shard_rows[shard]]
+        return [order[start : start + WINDOW_SHARDS] for start in range(0, len(order), WINDOW_SHARDS)]
+
+
+def _order_shards(seed: int, epoch: int, shard_rows: tuple[int, ...]) -> list[int]:
+    if len(shard_rows) <= WINDOW_SHARDS:
+        return list(range(len(shard_rows)))
+    return [int(shard) for shard in sample_generator(seed, epoch, stream=2).permutation(len(shard_rows))]
+
+
 @lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, num_rows: int) -> NDArray[np.int64]:
-    return sample_generator(seed, epoch, stream=1).permutation(num_rows)
-
-
-def row_at(seed: int, index: int, num_rows: int) -> int:
-    """Return the data row of a sample index: each epoch is one permutation of the rows, so none comes twice in it."""
-    if num_rows < 1:
-        raise ValueError(f"a stream needs at least one row, got {num_rows}")
-    epoch, position = divmod(index, num_rows)
-    return int(_permutation(seed, epoch, num_rows)[position])
+def _order_rows(seed: int, epoch: int, shard_rows: tuple[int, ...]) -> NDArray[np.int64]:
+    if sum(shard_rows) < 1:
+        raise ValueError("a stream needs at least one row")
+    generator = sample_generator(seed, epoch, stream=1)
+    starts = np.concatenate([[0], np.cumsum(shard_rows)])
+    parts = []
+    for shards in RowOrder(seed, shard_rows).windows(epoch):
+        rows = np.concatenate([np.arange(starts[shard], starts[shard + 1]) for shard in shards])
+        parts.append(rows[generator.permutation(len(rows))])
+    return np.concatenate(parts)
 
 
 def split_batch(step: int, batch_size: int, rank: int, world_size: int) -> range:

@@ -99,12 +99,12 @@ def resize_image(image: Pixels, size: int) -> Pixels:
     return np.array(Image.fromarray(square).resize((size, size), Image.Resampling.LANCZOS), dtype=np.uint8)
 
 
-def to_model_range(images: Pixels) -> "torch.Tensor":
-    """Turn uint8 (N, H, W, 3) into float32 (N, 3, H, W) in [-1, 1]."""
+def to_model_range(images: "Pixels | torch.Tensor") -> "torch.Tensor":
+    """Turn uint8 (N, H, W, C), an array or a tensor on any device, into float32 (N, C, H, W) in [-1, 1]."""
     import torch
 
-    values = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
-    return values.to(torch.float32) / 127.5 - 1.0
+    values = images if isinstance(images, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(images))
+    return values.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1.0
 
 
 def from_model_range(images: "torch.Tensor") -> Pixels:

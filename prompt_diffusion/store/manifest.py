@@ -9,13 +9,16 @@ import logging
 import os
 import uuid
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prompt_diffusion.store.codec import METADATA_KEY, decode_manifest, encode_manifest, find_versions
+from prompt_diffusion.store.concurrency import map_ahead
 from prompt_diffusion.store.fingerprint import StageIdentity, compute_digest
 from prompt_diffusion.store.records import DamagedDataError, ManifestRef, Reject, StoredFile, UnsealedError
 from prompt_diffusion.store.storage import (
@@ -32,6 +35,7 @@ from prompt_diffusion.store.storage import (
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "manifest.parquet"
+_READS_AT_ONCE = 16
 
 __all__ = [
     "MANIFEST_NAME",
@@ -62,7 +66,7 @@ class Manifest:
     rejects: tuple[Reject, ...]
     versions: dict[str, str]
 
-    @property
+    @cached_property
     def shards(self) -> tuple[StoredFile, ...]:
         """The files named `shard-*.parquet`, in order."""
         return tuple(f for f in self.files if f.path.startswith("shard-") and f.path.endswith(".parquet"))
@@ -87,6 +91,25 @@ class Manifest:
         # Each shard names itself in its metadata; without that, the shards have one schema.
         metadata = {key: value for key, value in (table.schema.metadata or {}).items() if key != METADATA_KEY}
         return table.replace_schema_metadata(metadata or None)
+
+    def read_index(self, columns: list[str]) -> pa.Table:
+        """Return light columns of all shards, in order, without fetching the rest: so nothing but row counts is checked."""
+        with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+            return pa.concat_tables(
+                map_ahead(pool, lambda s: self._read_columns(s, columns), self.shards, 4 * _READS_AT_ONCE)
+            )
+
+    def _read_columns(self, shard: StoredFile, columns: list[str]) -> pa.Table:
+        try:
+            with open_input(self._uri_of(shard.path)) as source:
+                table = pq.ParquetFile(source, pre_buffer=True).read(columns=columns)
+        except FileNotFoundError as error:
+            raise _refuse(self.ref.uri, shard.path, "is missing, though its manifest is sealed") from error
+        except pa.ArrowException as error:
+            raise _refuse(self.ref.uri, shard.path, f"cannot be read: {error}") from error
+        if table.num_rows != shard.rows:
+            raise _refuse(self.ref.uri, shard.path, f"has {table.num_rows} rows, sealed with {shard.rows}")
+        return table.replace_schema_metadata(None)
 
     def read_file(self, path: str) -> bytes:
         """Return a file's content; DamagedDataError names a file that is not as sealed."""

@@ -1,34 +1,58 @@
-"""Stage ``encode``: the VAE's posterior of everything that can be a target, once, instead of in every training step.
+"""Stages ``encode`` and ``encode-text``: what the frozen networks make of targets and captions, once and not in every step.
 
-There is no augmentation, so sampling from the stored mean and standard deviation loses nothing against the encoder itself.
+There is no augmentation, so sampling from the stored mean and standard deviation loses nothing against the encoder itself, and
+a caption's embedding is the same whenever it is computed.
 """
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
 
-from prompt_diffusion.data.records import latents_table
-from prompt_diffusion.data.transforms import decode_image, to_model_range
+from prompt_diffusion.data.dataset import number_captions
+from prompt_diffusion.data.records import arrays_table
+from prompt_diffusion.data.transforms import Pixels, decode_image, to_model_range
 from prompt_diffusion.model.references import base_digest
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import ManifestRef, Reject, open_manifest
 from prompt_diffusion.store.records import OnProgress
 from prompt_diffusion.store.sharded import run_sharded_stage
 
-VERSION = 1
-_BATCH_SIZE = 32
+if TYPE_CHECKING:
+    from prompt_diffusion.model.base import Base
+
+VERSION = 2
+TEXT_VERSION = 1
 _COLUMNS = {"ingest": "edited_image", "annotate": "edited_map"}
+
+Floats = NDArray[np.float32]
 
 
 class EncodeConfig(BaseModel):
-    """Which autoencoder encodes."""
+    """Which networks encode."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     base: str
-    """The base model whose VAE encodes: ``demo-base``, a folder, or a hub repository."""
+    """The base model whose VAE and text encoder are used: ``demo-base``, a folder, or a hub repository."""
+
+
+class EncodeResources(BaseModel):
+    """Where the encoders run: never part of the fingerprint."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes a GPU where there is one."""
+    batch_size: int = Field(default=32, ge=1)
+    """Images or texts at once."""
+
+
+_DEFAULT_RESOURCES = EncodeResources()
 
 
 def identify_encode(config: EncodeConfig, images: ManifestRef) -> StageIdentity:
@@ -47,35 +71,90 @@ def run_encode(
     config: EncodeConfig,
     images: ManifestRef,
     store_root: str,
+    resources: EncodeResources = _DEFAULT_RESOURCES,
     on_progress: OnProgress | None = None,
 ) -> ManifestRef:
     """Seal ``sample_id``, ``edited_mean`` and ``edited_std`` (latents already scaled), shards aligned with the images'."""
     manifest, column = open_manifest(images.uri), _COLUMNS[images.stage]
-    vae: list[Any] = []  # loaded for the first missing shard: a rerun of a sealed stage loads no weights
+    base = _load_when_needed(config, resources)
 
     def make_shard(index: int) -> tuple[pa.Table, list[Reject]]:
-        if not vae:
-            from prompt_diffusion.model.base import load_base
-
-            vae.append(load_base(config.base).vae)
         table = manifest.read_shard(manifest.shards[index], ["sample_id", column])
         pixels = np.stack([decode_image(cell["bytes"]) for cell in table[column].to_pylist()])
-        mean, std = encode_posterior(vae[0], pixels)
-        return latents_table(table["sample_id"].to_pylist(), {"edited": (mean, std)}), []
+        mean, std = encode_posterior(base().vae, pixels, resources.batch_size)
+        ids = table["sample_id"].to_pylist()
+        return arrays_table({"sample_id": ids}, {"edited_mean": mean, "edited_std": std}), []
 
     return run_sharded_stage(
         identify_encode(config, images), store_root, len(manifest.shards), make_shard, on_progress=on_progress
     )
 
 
-def encode_posterior(vae: Any, images: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:  # noqa: ANN401
+def identify_encode_text(config: EncodeConfig, pairs: ManifestRef) -> StageIdentity:
+    """Return the identity of the text embeddings of the pairs' captions."""
+    return StageIdentity(
+        stage="encode-text",
+        version=TEXT_VERSION,
+        config={},
+        inputs={"base": base_digest(config.base), "pairs": pairs.fingerprint},
+    )
+
+
+def run_encode_text(
+    config: EncodeConfig,
+    pairs: ManifestRef,
+    store_root: str,
+    resources: EncodeResources = _DEFAULT_RESOURCES,
+    on_progress: OnProgress | None = None,
+) -> ManifestRef:
+    """Seal ``caption`` and ``embedding`` (L, C) of the edited captions: a shard each shard of the pairs, of its distinct ones."""
+    manifest = open_manifest(pairs.uri)
+    base = _load_when_needed(config, resources)
+
+    def make_shard(index: int) -> tuple[pa.Table, list[Reject]]:
+        table = manifest.read_shard(manifest.shards[index], ["edited_prompt"])
+        captions = list(number_captions(table["edited_prompt"].to_pylist()))
+        return arrays_table(
+            {"caption": captions}, {"embedding": encode_texts(base(), captions, resources.batch_size)}
+        ), []
+
+    return run_sharded_stage(
+        identify_encode_text(config, pairs), store_root, len(manifest.shards), make_shard, on_progress=on_progress
+    )
+
+
+def _load_when_needed(config: EncodeConfig, resources: EncodeResources) -> "Callable[[], Base]":
+    """Return the base, loaded for the first missing shard: a rerun of a sealed stage loads no weights."""
+
+    @cache
+    def load() -> "Base":
+        from prompt_diffusion.model.base import load_base
+        from prompt_diffusion.training.world import choose_device
+
+        base, device = load_base(config.base), choose_device(resources.device)
+        for part in (base.vae, base.text_encoder):
+            part.to(device)
+        return base
+
+    return load
+
+
+def encode_posterior(vae: Any, images: Pixels, batch_size: int = 32) -> tuple[Floats, Floats]:  # noqa: ANN401
     """Return mean and standard deviation of the posterior, float32 N, C, h, w, in the scale that the UNet sees."""
     import torch
 
     means, stds = [], []
     with torch.inference_mode():
-        for start in range(0, len(images), _BATCH_SIZE):
-            posterior = vae.encode(to_model_range(images[start : start + _BATCH_SIZE])).latent_dist
-            means.append(posterior.mean.numpy() * vae.config.scaling_factor)
-            stds.append(posterior.std.numpy() * vae.config.scaling_factor)
+        for start in range(0, len(images), batch_size):
+            posterior = vae.encode(to_model_range(images[start : start + batch_size]).to(vae.device)).latent_dist
+            means.append(posterior.mean.cpu().numpy() * vae.config.scaling_factor)
+            stds.append(posterior.std.cpu().numpy() * vae.config.scaling_factor)
     return np.concatenate(means), np.concatenate(stds)
+
+
+def encode_texts(base: "Base", texts: Sequence[str], batch_size: int = 32) -> Floats:
+    """Return text embeddings, float32 N, L, C."""
+    parts = [
+        base.encode_text(texts[start : start + batch_size]).cpu().numpy() for start in range(0, len(texts), batch_size)
+    ]
+    return np.concatenate(parts)

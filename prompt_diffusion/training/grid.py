@@ -1,5 +1,7 @@
 """A picture of what a training learned: validation samples of each vision task, with fixed seeds."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from PIL import Image
@@ -14,12 +16,17 @@ from prompt_diffusion.vision_tasks import ExamplePolicy, find_vision_task
 _SAMPLES, _STEPS, _GUIDANCE, _GAP = 4, 12, 2.5, 4
 
 
-def render_validation_grid(pipeline: PromptDiffusionPipeline, data: InContextData, config: TrainConfig) -> bytes:
-    """Return a PNG: a row each vision task; in it, a few times, example source and target, query, output, truth."""
+def render_validation_grid(
+    pipeline: PromptDiffusionPipeline, rows_of: Mapping[str, InContextData], config: TrainConfig
+) -> bytes:
+    """Return a PNG: a row each vision task; in it, a few times, example source and target, query, output, truth.
+
+    ``rows_of``: the rows that each vision task is shown on.
+    """
     rows = []
     pipeline.set_progress_bar_config(disable=True)
     for name in config.vision_tasks:
-        task = find_vision_task(name)
+        task, data = find_vision_task(name), rows_of[name]
         policy: ExamplePolicy = "other_group" if len(set(data.group_ids)) > 1 else "same_row"
         samples = [
             data.assemble(task, row, data.choose_example(policy, row, sample_generator(config.seed, row)))
@@ -44,7 +51,7 @@ def render_validation_grid(pipeline: PromptDiffusionPipeline, data: InContextDat
         ]
         rows.append(_join(cells, axis=1))
     grid = _join(rows, axis=0)
-    scale = max(1, 128 // data.image(0, "edited", None).shape[0])
+    scale = max(1, 128 // samples[0].query.shape[0])
     large = Image.fromarray(grid).resize((grid.shape[1] * scale, grid.shape[0] * scale), Image.Resampling.NEAREST)
     return encode_png(np.asarray(large))
 

@@ -14,7 +14,7 @@ from transformers import CLIPTextModel
 from prompt_diffusion.data.sampler import row_at, sample_generator
 from prompt_diffusion.data.transforms import to_model_range
 from prompt_diffusion.training.config import NoiseConfig
-from prompt_diffusion.training.loss import draw_timestep, sample_noise
+from prompt_diffusion.training.samples import draw_timestep, sample_noise
 
 IMAGE = "image"
 

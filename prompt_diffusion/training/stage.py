@@ -10,7 +10,7 @@ from prompt_diffusion.store.manifest import ManifestRef
 from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.vision_tasks import find_vision_task
 
-VERSION = 1
+VERSION = 2
 PIPELINE_FOLDER = "pipeline"
 IMAGE_TARGET = "image"
 
@@ -26,6 +26,8 @@ class TrainInputs(BaseModel):
     """Condition maps, by condition."""
     latents: dict[str, ManifestRef]
     """Latents of the edited side, by target: ``image`` or a condition."""
+    text: ManifestRef
+    """Text embeddings of the pairs' edited captions."""
 
     def narrow(self, vision_tasks: Iterable[str]) -> "TrainInputs":
         """Keep what those vision tasks read; ValueError names what is not there."""
@@ -40,6 +42,7 @@ class TrainInputs(BaseModel):
             pairs=self.pairs,
             maps={name: self.maps[name] for name in maps},
             latents={name: self.latents[name] for name in latents},
+            text=self.text,
         )
 
 
@@ -53,6 +56,7 @@ def identify_train(config: TrainConfig, inputs: TrainInputs) -> StageIdentity:
         inputs={
             "base": base_digest(config.base),
             "pairs": used.pairs.fingerprint,
+            "text": used.text.fingerprint,
             **{f"maps/{name}": ref.fingerprint for name, ref in used.maps.items()},
             **{f"latents/{name}": ref.fingerprint for name, ref in used.latents.items()},
         },

@@ -9,11 +9,11 @@ from prompt_diffusion.data.records import (
     CONDITION_MAP_SCHEMA,
     IMAGE_PAIR_SCHEMA,
     ImagePair,
+    arrays_table,
     condition_maps_table,
     generations_table,
     image_pairs_table,
-    latents_table,
-    read_latents,
+    read_array,
 )
 
 
@@ -92,22 +92,21 @@ def test_generations_name_their_vision_task_and_seed() -> None:
     }
 
 
-def test_latents_come_back_bit_for_bit() -> None:
+def test_arrays_come_back_bit_for_bit() -> None:
     rng = np.random.default_rng(0)
-    mean, std = (rng.standard_normal((3, 4, 2, 2)).astype(np.float32) for _ in range(2))
-    table = latents_table(["a", "b", "c"], {"edited_image": (mean, std), "depth": (std, mean)})
-    found = read_latents(table, "edited_image")
-    assert np.array_equal(found[0], mean)
-    assert np.array_equal(found[1], std)
-    assert np.array_equal(read_latents(table.slice(1, 1), "depth")[0], std[1:2])
+    mean, text = (rng.standard_normal(shape).astype(np.float32) for shape in ((3, 4, 2, 2), (3, 5, 7)))
+    table = arrays_table({"sample_id": ["a", "b", "c"]}, {"edited_mean": mean, "embedding": text})
+    assert np.array_equal(read_array(table, "edited_mean"), mean)
+    assert np.array_equal(read_array(table, "embedding"), text)
+    assert np.array_equal(read_array(table.slice(1, 1), "embedding"), text[1:2])
 
 
-def test_latents_refuse_another_number_of_samples() -> None:
-    with pytest.raises(ValueError, match=r"2 samples, mean \(3, 4, 2, 2\)"):
-        latents_table(["a", "b"], {"image": (np.zeros((3, 4, 2, 2), np.float32),) * 2})
+def test_arrays_refuse_another_number_of_samples() -> None:
+    with pytest.raises(ValueError, match=r"different lengths: \{'sample_id': 2, 'mean': 1\}"):
+        arrays_table({"sample_id": ["a", "b"]}, {"mean": np.zeros((1, 4, 2, 2), np.float32)})
 
 
-def test_unknown_latents_are_refused_by_name() -> None:
-    table = latents_table(["a"], {"image": (np.zeros((1, 4, 2, 2), np.float32),) * 2})
-    with pytest.raises(ValueError, match="no latents 'depth': there are image"):
-        read_latents(table, "depth")
+def test_an_unknown_array_is_refused_by_name() -> None:
+    table = arrays_table({"sample_id": ["a"]}, {"mean": np.zeros((1, 4, 2, 2), np.float32)})
+    with pytest.raises(ValueError, match="no array 'std': there are mean"):
+        read_array(table, "std")

@@ -1,25 +1,43 @@
 import numpy as np
 import pytest
 
-from prompt_diffusion.data.sampler import row_at, sample_generator, split_batch
+from prompt_diffusion.data.sampler import WINDOW_SHARDS, RowOrder, sample_generator, split_batch
 
 PINNED_ORDER = [9, 4, 2, 1, 0, 7, 8, 5, 3, 6]
 
 
-def test_every_epoch_visits_every_row_once():
+@pytest.mark.parametrize("shard_rows", [(17,), (5, 0, 12), (3,) * 200, (1, 0) * 100])
+def test_every_epoch_visits_every_row_once(shard_rows):
+    order = RowOrder(5, shard_rows)
     for epoch in range(3):
-        rows = [row_at(seed=5, index=epoch * 17 + i, num_rows=17) for i in range(17)]
-        assert sorted(rows) == list(range(17))
+        rows = [order.row_at(epoch * order.num_rows + i) for i in range(order.num_rows)]
+        assert sorted(rows) == list(range(order.num_rows))
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
-    orders = {tuple(row_at(seed, epoch * 50 + i, 50) for i in range(50)) for seed in (0, 1) for epoch in (0, 1)}
-    assert len(orders) == 4
+    for shard_rows in ((50,), (2,) * 100):
+        orders = {
+            tuple(RowOrder(seed, shard_rows).row_at(epoch * sum(shard_rows) + i) for i in range(sum(shard_rows)))
+            for seed in (0, 1)
+            for epoch in (0, 1)
+        }
+        assert len(orders) == 4
 
 
 def test_the_order_is_pinned():
     # a change here reorders every training and must bump the stage's VERSION
-    assert [row_at(0, i, 10) for i in range(10)] == PINNED_ORDER
+    assert [RowOrder(0, (4, 6)).row_at(i) for i in range(10)] == PINNED_ORDER
+
+
+def test_a_large_dataset_is_visited_window_by_window():
+    order = RowOrder(3, (4,) * (3 * WINDOW_SHARDS))
+    windows = order.windows(epoch=1)
+    assert sorted(shard for window in windows for shard in window) == list(range(3 * WINDOW_SHARDS))
+    for number, window in enumerate(windows):
+        start = order.num_rows + number * 4 * WINDOW_SHARDS
+        rows = [order.row_at(start + i) for i in range(4 * WINDOW_SHARDS)]
+        assert {row // 4 for row in rows} == set(window)
+        assert {order.find_window(start + i) for i in range(4 * WINDOW_SHARDS)} == {(1, number)}
 
 
 def test_generators_of_neighbouring_samples_are_independent():

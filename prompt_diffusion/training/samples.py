@@ -1,0 +1,243 @@
+"""Training samples: what is random in each, and whole micro-batches of them, made on the CPU ahead of the device.
+
+A sample is a function of (seed, index, sizes) alone: which vision task, rows, dropout, timestep, noise. Whatever is read for it
+lies in the local shard cache.
+"""
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from prompt_diffusion.data.dataset import InContextData, check_aligned, check_made_of
+from prompt_diffusion.data.records import Split
+from prompt_diffusion.data.sampler import RowOrder, sample_generator
+from prompt_diffusion.data.shard_cache import ShardCache
+from prompt_diffusion.store.manifest import Manifest, open_manifest
+from prompt_diffusion.training.config import NoiseConfig, TrainConfig
+from prompt_diffusion.training.stage import IMAGE_TARGET, TrainInputs
+from prompt_diffusion.vision_tasks import VisionTask, find_vision_task
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class SampleDraw:
+    """Everything that is random in one training sample."""
+
+    vision_task: VisionTask
+    data: "TrainingData"
+    """Where its rows are."""
+    row: int
+    example_row: int
+    has_text: bool
+    has_example: bool
+    generator: np.random.Generator
+    """For what is left: timestep, the posterior's sample, noise."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch on the CPU, images as uint8 N, H, W, channels."""
+
+    labels: list[int]
+    """Positions of the vision tasks in the recipe."""
+    pairs: tuple[Tensor, Tensor] | None
+    """Example sources and targets, N, H, W, 3 each; None for a model without pairs."""
+    has_example: Tensor
+    """Whether a sample keeps its pair, N."""
+    queries: Tensor
+    """N, H, W, 3."""
+    clean: Tensor
+    """Samples of the posterior, float32 N, C, h, w."""
+    noise: Tensor
+    """Standard Gaussian noise, as ``clean``."""
+    timesteps: Tensor
+    """int64 N."""
+    text: Tensor
+    """Text embeddings, float32 N, L, C."""
+
+    def pin(self) -> "Batch":
+        """Return the same in memory that a GPU copies from without waiting."""
+        tensors = {name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        pairs = None if self.pairs is None else (self.pairs[0].pin_memory(), self.pairs[1].pin_memory())
+        return replace(self, pairs=pairs, **tensors)
+
+
+class TrainingData:
+    """One split of a dataset, with latents and text embeddings."""
+
+    def __init__(self, inputs: TrainInputs, cache: ShardCache, seed: int, split: Split = "train") -> None:
+        """Open the inputs; ValueError where they do not belong together."""
+        pairs = open_manifest(inputs.pairs.uri)
+        maps = {condition: open_manifest(ref.uri) for condition, ref in inputs.maps.items()}
+        self.rows = InContextData(pairs, maps, split, cache)
+        self.text = open_manifest(inputs.text.uri)
+        check_made_of(self.text, "pairs", pairs)
+        self.latents: dict[str | None, Manifest] = {}
+        for target, ref in inputs.latents.items():
+            manifest = open_manifest(ref.uri)
+            check_aligned(manifest, "images", pairs if target == IMAGE_TARGET else maps[target])
+            self.latents[None if target == IMAGE_TARGET else target] = manifest
+        self.order = RowOrder(seed, self.rows.shard_rows)
+        self.cache = cache
+
+    @property
+    def manifests(self) -> list[Manifest]:
+        """Everything that a sample may read."""
+        return [self.rows.pairs, *self.rows.maps.values(), *self.latents.values(), self.text]
+
+    def read_posterior(self, target: str | None, row: int) -> tuple[Floats, Floats]:
+        """Return mean and standard deviation, float32 C, h, w, of what a row's target is (None: the photograph)."""
+        shard, position = self.rows.places[row]
+        manifest = self.latents[target]
+        return (
+            self.cache.read_row(manifest, shard, "edited_mean", position),
+            self.cache.read_row(manifest, shard, "edited_std", position),
+        )
+
+    def read_text(self, row: int) -> Floats:
+        """Return the embedding, float32 L, C, of a row's caption."""
+        return self.cache.read_row(self.text, self.rows.places[row][0], "embedding", self.rows.caption_positions[row])
+
+
+def draw_timestep(generator: np.random.Generator, noise: NoiseConfig, num_timesteps: int) -> int:
+    """Draw a timestep uniformly, or for the recipe's share from the noisiest ones alone."""
+    is_late = generator.random() < noise.late_fraction
+    first = num_timesteps - noise.late_timesteps if is_late else 0
+    return int(generator.integers(first, num_timesteps))
+
+
+def sample_noise(generator: np.random.Generator, shape: tuple[int, ...] | torch.Size) -> Tensor:
+    """Draw standard Gaussian noise of a shape in float32, on the CPU: the same whatever the training runs on."""
+    return torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32))
+
+
+def draw_sample(config: TrainConfig, data: Mapping[str, TrainingData], index: int) -> SampleDraw:
+    """Draw sample ``index`` of a training's stream: a function of (seed, index, sizes) alone.
+
+    ``data``: what each vision task is read from, by its name.
+    """
+    generator = sample_generator(config.seed, index)
+    vision_task = find_vision_task(config.vision_tasks[int(generator.integers(len(config.vision_tasks)))])
+    its = data[vision_task.name]
+    is_map = vision_task.direction == "image_to_map"
+    policies = config.image_to_map_examples if is_map else config.map_to_image_examples
+    policy = list(policies)[int(generator.choice(len(policies), p=list(policies.values())))]
+    row = its.order.row_at(index)
+    example_row = its.rows.choose_example(policy, row, generator)
+    drop, u = config.dropout, generator.random()
+    text = drop.text_image_to_map if is_map else drop.text_map_to_image
+    first = text - drop.overlap  # the pair's interval begins inside the text's and reaches beyond it
+    return SampleDraw(
+        vision_task=vision_task,
+        data=its,
+        row=row,
+        example_row=example_row,
+        has_text=u >= text,
+        has_example=config.method == "prompt_diffusion" and not first <= u < first + drop.example_pair,
+        generator=generator,
+    )
+
+
+def open_training_data(
+    config: TrainConfig, inputs: TrainInputs, cache: ShardCache, split: Split
+) -> dict[str, TrainingData]:
+    """Return what each vision task of a recipe is read from."""
+    data = TrainingData(inputs.narrow(config.vision_tasks), cache, config.seed, split)
+    return dict.fromkeys(config.vision_tasks, data)
+
+
+class BatchMaker:
+    """Makes micro-batches of a training's stream, in any thread."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: Mapping[str, TrainingData],
+        fixed_texts: Mapping[str, Floats],
+        num_timesteps: int,
+        num_threads: int = 1,
+        pins_memory: bool = False,
+    ) -> None:
+        """Take what each vision task is read from, and the embeddings L, C of the empty text and of the tasks' own texts."""
+        self.config, self.data, self.fixed_texts = config, data, fixed_texts
+        self.num_timesteps, self.pins_memory = num_timesteps, pins_memory
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="fetch")
+        self._fetchers = [
+            WindowFetcher(each, self._pool) for each in {id(each): each for each in data.values()}.values()
+        ]
+
+    def make(self, indices: range) -> Batch:
+        """Return the samples of those indices."""
+        for fetcher in self._fetchers:
+            fetcher.advance(indices.start)
+        draws = [draw_sample(self.config, self.data, index) for index in indices]
+        timesteps = [draw_timestep(d.generator, self.config.noise, self.num_timesteps) for d in draws]
+        clean = torch.stack([_sample_posterior(d) for d in draws])
+        noise = torch.stack([sample_noise(d.generator, clean.shape[1:]) for d in draws])
+        batch = Batch(
+            labels=[self.config.vision_tasks.index(d.vision_task.name) for d in draws],
+            pairs=_read_pairs(draws) if self.config.method == "prompt_diffusion" else None,
+            has_example=torch.tensor([d.has_example for d in draws]),
+            queries=_stack(d.data.rows.image(d.row, "edited", d.vision_task.source_condition) for d in draws),
+            clean=clean,
+            noise=noise,
+            timesteps=torch.tensor(timesteps),
+            text=_stack(self._read_text(d) for d in draws),
+        )
+        return batch.pin() if self.pins_memory else batch
+
+    def close(self) -> None:
+        """End the threads that fetch ahead."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _read_text(self, draw: SampleDraw) -> Floats:
+        fixed = draw.vision_task.text if draw.has_text else ""
+        return draw.data.read_text(draw.row) if fixed is None else self.fixed_texts[fixed]
+
+
+def _sample_posterior(draw: SampleDraw) -> Tensor:
+    mean, std = map(torch.from_numpy, draw.data.read_posterior(draw.vision_task.target_condition, draw.row))
+    return mean + std * sample_noise(draw.generator, mean.shape)
+
+
+def _read_pairs(draws: Sequence[SampleDraw]) -> tuple[Tensor, Tensor]:
+    return (
+        _stack(d.data.rows.image(d.example_row, "input", d.vision_task.source_condition) for d in draws),
+        _stack(d.data.rows.image(d.example_row, "input", d.vision_task.target_condition) for d in draws),
+    )
+
+
+def _stack(arrays: Iterable[NDArray[Any]]) -> Tensor:
+    return torch.from_numpy(np.stack(list(arrays)))
+
+
+class WindowFetcher:
+    """Fetches the shards of the window that the stream is in, and of the next one, ahead of the samples."""
+
+    def __init__(self, data: TrainingData, pool: Executor) -> None:
+        self.data, self._pool = data, pool
+        self._lock = threading.Lock()
+        self._asked: set[tuple[int, int]] = set()
+
+    def advance(self, index: int) -> None:
+        """Say where the stream is."""
+        order = self.data.order
+        epoch, number = order.find_window(index)
+        with self._lock:
+            if (epoch, number) in self._asked:
+                return
+            self._asked.add((epoch, number))
+        windows = order.windows(epoch)
+        following = windows[number + 1] if number + 1 < len(windows) else order.windows(epoch + 1)[0]
+        for shard in (*windows[number], *following):
+            for manifest in self.data.manifests:
+                # An error is not lost: whoever reads a row of the shard meets it again.
+                self._pool.submit(self.data.cache.fetch, manifest, shard)

@@ -1,0 +1,66 @@
+"""Validation while a training runs: a loss over fixed samples of the validation split, and a grid of pictures."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from prompt_diffusion.model.base import Base
+from prompt_diffusion.model.controlnet import PromptDiffusionControlNet
+from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
+from prompt_diffusion.store.storage import join_uri, write_bytes
+from prompt_diffusion.training.config import TrainConfig
+from prompt_diffusion.training.grid import render_validation_grid
+from prompt_diffusion.training.loss import InContextObjective
+from prompt_diffusion.training.samples import TrainingData
+
+NUM_SAMPLES = 96
+_SAMPLES_AT_ONCE = 8
+
+
+class Validation:
+    """Validates the networks as they are: the same samples, timesteps, noise and prompts each time."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        base: Base,
+        controlnet: PromptDiffusionControlNet,
+        data: Mapping[str, TrainingData],
+        device: torch.device,
+        uri: str,
+        on_event: Callable[[dict[str, Any]], None] | None,
+    ) -> None:
+        """Take the networks that are trained; grids are written below ``uri``, and told to ``on_event``."""
+        self.config, self.base, self.controlnet, self.data = config, base, controlnet, data
+        self.device, self.uri, self.on_event = device, uri, on_event
+        self.objective = InContextObjective(config, base, controlnet, data, device)
+
+    def __call__(self, step: int) -> float:
+        """Return the mean loss of the fixed samples; write the grid and tell where it is."""
+        loss = self.compute_loss()
+        grid = join_uri(self.uri, "validation", f"step-{step:08d}.png")
+        write_bytes(grid, self.render_grid())
+        if self.on_event is not None:
+            self.on_event({"step": step, "num_steps": self.config.num_steps, "grid_uri": grid})
+        return loss
+
+    @torch.no_grad()
+    def compute_loss(self) -> float:
+        """Return the mean loss of the fixed samples."""
+        starts = range(0, NUM_SAMPLES, _SAMPLES_AT_ONCE)
+        batches = (self.objective.prepare(range(start, start + _SAMPLES_AT_ONCE)) for start in starts)
+        return float(torch.cat([self.objective.compute_losses(batch)[0] for batch in batches]).mean())
+
+    def render_grid(self) -> bytes:
+        """Return the grid as PNG."""
+        was_training = self.controlnet.training
+        pipeline = PromptDiffusionPipeline.from_parts(self.base, self.controlnet.eval())
+        try:
+            return render_validation_grid(pipeline, {name: each.rows for name, each in self.data.items()}, self.config)
+        finally:
+            self.controlnet.train(was_training)
+
+    def close(self) -> None:
+        """End its threads."""
+        self.objective.close()
