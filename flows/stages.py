@@ -23,7 +23,7 @@ from tasks.benchmark import make_benchmark
 from tasks.caching import identify_stage
 from tasks.evaluate import generate, measure, measure_in_context, measure_trivial
 from tasks.ingest import ingest
-from tasks.train import encode, stop_on_interrupt, train
+from tasks.train import encode, encode_text, stop_on_interrupt, train
 
 Stage = Task[..., ManifestRef]
 
@@ -109,10 +109,12 @@ def obtain_maps(run: Run, pairs: ManifestRef) -> dict[str, ManifestRef]:
 
 
 def obtain_inputs(run: Run, pairs: ManifestRef, maps: dict[str, ManifestRef]) -> TrainInputs:
-    """Return what trainings read: pairs, maps, and the latents of both."""
+    """Return what trainings read: pairs, maps, the latents of both, and the captions' embeddings."""
     images = {IMAGE_TARGET: pairs, **maps}
-    latents = obtain_all(run, encode, [{"config": run.config.encode, "images": ref} for ref in images.values()])
-    return TrainInputs(pairs=pairs, maps=maps, latents=dict(zip(images, latents, strict=True)))
+    common = {"config": run.config.encode, "resources": run.config.resources.encode}
+    latents = obtain_all(run, encode, [{**common, "images": ref} for ref in images.values()])
+    text = obtain(run, encode_text, **common, pairs=pairs)
+    return TrainInputs(pairs=pairs, maps=maps, latents=dict(zip(images, latents, strict=True)), text=text)
 
 
 def obtain_six_task_model(run: Run, inputs: TrainInputs) -> ManifestRef:

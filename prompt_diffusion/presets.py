@@ -23,7 +23,7 @@ from prompt_diffusion.training.config import (
     TrainConfig,
     TrainResources,
 )
-from prompt_diffusion.training.encode import EncodeConfig
+from prompt_diffusion.training.encode import EncodeConfig, EncodeResources
 
 PresetName = Literal["smoke", "demo", "paper"]
 PRESET_NAMES: tuple[PresetName, ...] = ("smoke", "demo", "paper")
@@ -73,6 +73,8 @@ class Resources(_Frozen):
     """How many baselines train at the same time."""
     annotate: AnnotateResources = AnnotateResources()
     """The annotators."""
+    encode: EncodeResources = EncodeResources()
+    """The encoders of latents and text."""
     annotate_fan_out: AnnotateFanOut = AnnotateFanOut()
     """How many workers share an annotation."""
     evaluate_batch_size: int = Field(default=16, ge=1)

@@ -12,7 +12,14 @@ from prompt_diffusion.registry import RunTracker
 from prompt_diffusion.settings import load_settings
 from prompt_diffusion.store.manifest import ManifestRef, find_sealed
 from prompt_diffusion.training.config import TrainConfig, TrainResources
-from prompt_diffusion.training.encode import EncodeConfig, identify_encode, run_encode
+from prompt_diffusion.training.encode import (
+    EncodeConfig,
+    EncodeResources,
+    identify_encode,
+    identify_encode_text,
+    run_encode,
+    run_encode_text,
+)
 from prompt_diffusion.training.launch import TrainingStoppedError, launch_training
 from prompt_diffusion.training.stage import TrainInputs, identify_train
 from tasks.caching import DAY_SECONDS, build_stage_options, is_transient
@@ -27,9 +34,19 @@ _STOP_REQUESTED = threading.Event()
     task_run_name="encode {images.stage} {images.fingerprint:.8}",
     **build_stage_options(identify_encode, timeout_seconds=7 * DAY_SECONDS),
 )
-def encode(config: EncodeConfig, images: ManifestRef, store: str) -> ManifestRef:
+def encode(config: EncodeConfig, images: ManifestRef, store: str, resources: EncodeResources) -> ManifestRef:
     """Compute the latents of everything that can be a target."""
-    return run_encode(config, images, store, on_progress=log_progress("latents"))
+    return run_encode(config, images, store, resources, on_progress=log_progress("latents"))
+
+
+@task(
+    name="encode text",
+    task_run_name="encode text {pairs.fingerprint:.8}",
+    **build_stage_options(identify_encode_text, timeout_seconds=7 * DAY_SECONDS),
+)
+def encode_text(config: EncodeConfig, pairs: ManifestRef, store: str, resources: EncodeResources) -> ManifestRef:
+    """Compute the text embeddings of all captions."""
+    return run_encode_text(config, pairs, store, resources, on_progress=log_progress("text embeddings"))
 
 
 def can_go_on(stage: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
