@@ -107,7 +107,7 @@ def run_encode_text(
     resources: EncodeResources = _DEFAULT_RESOURCES,
     on_progress: OnProgress | None = None,
 ) -> ManifestRef:
-    """Seal ``caption`` and ``embedding`` (L, C) of the edited captions: a shard each shard of the pairs, of its distinct ones."""
+    """Seal ``caption`` and ``embedding`` (L, C) of the edited captions: a shard each of the pairs', of its distinct ones."""
     manifest = open_manifest(pairs.uri)
     base = _load_when_needed(config, resources)
 

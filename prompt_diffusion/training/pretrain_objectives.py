@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name torch's own documentation uses
 from transformers import CLIPTextModel
 
-from prompt_diffusion.data.sampler import row_at, sample_generator
+from prompt_diffusion.data.sampler import RowOrder, sample_generator
 from prompt_diffusion.data.transforms import to_model_range
 from prompt_diffusion.training.config import NoiseConfig
 from prompt_diffusion.training.samples import draw_timestep, sample_noise
@@ -34,7 +34,7 @@ class Pictures:
         """Return kind and row of a stream's sample, and the generator for what else is random in it."""
         generator = sample_generator(seed, index)
         kind = str(generator.choice(list(self.shares), p=list(self.shares.values())))
-        return kind, row_at(seed, index, len(self.captions)), generator
+        return kind, RowOrder(seed, (len(self.captions),)).row_at(index), generator
 
 
 class AutoencoderObjective:

@@ -7,7 +7,7 @@ lies in the local shard cache.
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -65,9 +65,16 @@ class Batch:
 
     def pin(self) -> "Batch":
         """Return the same in memory that a GPU copies from without waiting."""
-        tensors = {name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, Tensor)}
-        pairs = None if self.pairs is None else (self.pairs[0].pin_memory(), self.pairs[1].pin_memory())
-        return replace(self, pairs=pairs, **tensors)
+        return Batch(
+            labels=self.labels,
+            pairs=None if self.pairs is None else (self.pairs[0].pin_memory(), self.pairs[1].pin_memory()),
+            has_example=self.has_example.pin_memory(),
+            queries=self.queries.pin_memory(),
+            clean=self.clean.pin_memory(),
+            noise=self.noise.pin_memory(),
+            timesteps=self.timesteps.pin_memory(),
+            text=self.text.pin_memory(),
+        )
 
 
 class TrainingData:
