@@ -61,7 +61,9 @@ def build_base(divisor: int, captions: list[str]) -> Base:
         down_block_types=(*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
         up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
         cross_attention_dim=_round(768 // divisor, 8),
-        attention_head_dim=8,
+        attention_head_dim=max(
+            1, round(8 / divisor)
+        ),  # diffusers' name for the heads: each stays about as wide as SD's
         norm_num_groups=32,
     )
     vae = AutoencoderKL(
