@@ -39,7 +39,7 @@ def identify_encode(config: EncodeConfig, images: ManifestRef) -> StageIdentity:
         stage="encode",
         version=VERSION,
         config={},
-        inputs={"base": base_digest(config.base), "images": images.fingerprint},
+        inputs={"base": base_digest(config.base, ("vae",)), "images": images.fingerprint},
     )
 
 
