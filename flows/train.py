@@ -80,10 +80,7 @@ def train_custom(
     """
     changes = build_custom_overrides(condition, mixed, model, steps) | (overrides or {})
     run = find_models(start_run(preset, changes, store, upstream))
-    inputs = prepare_inputs(use_pairs(run, folder, condition))
-    if mixed:
-        inputs = prepare_inputs(run).model_copy(update={"others": (inputs,)})
-    trained = obtain_joint_model(run.making(), inputs)
+    trained = obtain_joint_model(run.making(), prepare_custom_inputs(run, folder, condition, mixed))
     register(trained, name=f"{run.settings.registered_model}-{condition}")
     return trained
 
@@ -106,6 +103,12 @@ def build_custom_overrides(condition: str, mixed: bool, model: str | None, steps
     if steps is not None:
         changes["train.num_steps"] = steps
     return changes
+
+
+def prepare_custom_inputs(run: Run, folder: str, condition: str, mixed: bool) -> TrainInputs:
+    """Return what a training on a user's own pairs reads: the pairs first, so that what is wrong with them is said at once."""
+    own = prepare_inputs(use_pairs(run, folder, condition))
+    return prepare_inputs(run).model_copy(update={"others": (own,)}) if mixed else own
 
 
 def use_pairs(run: Run, folder: str, condition: str) -> Run:

@@ -19,7 +19,16 @@ from prompt_diffusion.store.fingerprint import compute_digest, write_canonical_j
 _WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors", "*-of-*.safetensors")
 _TEXTS = ("*.json", "*.txt")
 # what save_pretrained notes about the saving, and nothing reads when it loads in float32
-_NOTES = ("_diffusers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+_NOTES = (
+    "_diffusers_version",
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "is_local",
+    "local_files_only",
+    "torch_dtype",
+    "transformers_version",
+)
 _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 _OTHERS = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "<i1", "U8": "<u1", "BOOL": "<u1"}
 

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 import prompt_diffusion
-from flows.train import train_custom, train_six_task
+from flows.run import start_run
+from flows.train import build_custom_overrides, prepare_custom_inputs, train_custom, train_six_task
 from prompt_diffusion.data.ingest import IngestConfig, build_source
 from prompt_diffusion.data.sources.scenes import ScenesConfig
 from prompt_diffusion.store.manifest import open_manifest
 from prompt_diffusion.store.storage import list_files
+from prompt_diffusion.training.stage import identify_train
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("in_process")]
 
@@ -67,6 +69,19 @@ def test_a_folder_of_pairs_becomes_a_registered_model_that_goes_on_from_another(
     from_base = train_custom(str(pairs), "sketch", model=None, steps=1, preset="smoke", overrides=FAST, store=store)
     assert open_manifest(from_base.uri).identity.inputs["latents/image"] == manifest.identity.inputs["latents/image"]
     assert "controlnet" not in open_manifest(from_base.uri).identity.inputs
+
+
+def test_mixed_reads_each_vision_task_from_the_dataset_that_has_its_maps(pairs, tmp_path):
+    small = FAST | {"ingest.source.num_groups": 20}
+    run = start_run("smoke", build_custom_overrides("sketch", True, None, 1) | small, str(tmp_path / "store"))
+    inputs = prepare_custom_inputs(run, str(pairs), "sketch", mixed=True).narrow(run.config.train.vision_tasks)
+    six, own = inputs.datasets
+    assert sorted(six.maps) == ["depth", "hed", "seg"]
+    assert (sorted(own.maps), sorted(own.latents)) == (["sketch"], ["image"])
+    assert (six.pairs.rows, own.pairs.rows) == (20, 40)
+    roles = identify_train(run.config.train, inputs).inputs
+    assert roles["dataset-2/maps/sketch"] == own.maps["sketch"].fingerprint
+    assert open_manifest(own.pairs.uri).identity.config["image_size"] == 64
 
 
 @pytest.mark.parametrize(
