@@ -7,7 +7,7 @@ from typing import Any
 from prefect import Task
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.run import Run
+from flows.run import Run, find_models
 from flows.workers import start_workers
 from prompt_diffusion.annotators.config import EXACT
 from prompt_diffusion.evaluation.cells import build_cell_config
@@ -117,8 +117,8 @@ def obtain_inputs(run: Run, pairs: ManifestRef, maps: dict[str, ManifestRef]) ->
     return TrainInputs(pairs=pairs, maps=maps, latents=dict(zip(images, latents, strict=True)), text=text)
 
 
-def obtain_six_task_model(run: Run, inputs: TrainInputs) -> ManifestRef:
-    """Return the one model of six vision tasks."""
+def obtain_joint_model(run: Run, inputs: TrainInputs) -> ManifestRef:
+    """Return the one model of all the run's vision tasks."""
     return obtain(run, train, config=run.config.train, inputs=inputs, resources=run.config.resources.train)
 
 
@@ -132,9 +132,10 @@ def obtain_baselines(run: Run, inputs: TrainInputs) -> dict[str, ManifestRef]:
 
 def obtain_models(run: Run) -> Models:
     """Return every model, from the image pairs on."""
+    run = find_models(run)
     pairs = obtain_pairs(run)
     inputs = obtain_inputs(run, pairs, obtain_maps(run, pairs))
-    return Models(inputs, obtain_six_task_model(run, inputs), obtain_baselines(run, inputs))
+    return Models(inputs, obtain_joint_model(run, inputs), obtain_baselines(run, inputs))
 
 
 def obtain_measurements(run: Run, models: Models) -> Measurements:

@@ -132,6 +132,11 @@ def load(reference: str, settings: Settings | None = None, device: str = "cpu") 
     return load_pipeline(_download(reference, settings or load_settings()), device)
 
 
+def fetch(reference: str, settings: Settings) -> Path:
+    """Return a local folder with the pipeline of a registered model, its files checked; ValueError as ``load`` raises it."""
+    return _download(reference, settings)
+
+
 def _find_or_create_run(
     client: "MlflowClient", settings: Settings, name: str, fingerprint: str, configuration: Mapping[str, Any]
 ) -> str:

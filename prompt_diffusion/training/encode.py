@@ -63,7 +63,7 @@ def identify_encode(config: EncodeConfig, images: ManifestRef) -> StageIdentity:
         stage="encode",
         version=VERSION,
         config={},
-        inputs={"base": base_digest(config.base), "images": images.fingerprint},
+        inputs={"base": base_digest(config.base, ("vae",)), "images": images.fingerprint},
     )
 
 
@@ -96,7 +96,7 @@ def identify_encode_text(config: EncodeConfig, pairs: ManifestRef) -> StageIdent
         stage="encode-text",
         version=TEXT_VERSION,
         config={},
-        inputs={"base": base_digest(config.base), "pairs": pairs.fingerprint},
+        inputs={"base": base_digest(config.base, ("text_encoder", "tokenizer")), "pairs": pairs.fingerprint},
     )
 
 
