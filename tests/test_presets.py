@@ -34,6 +34,7 @@ def inputs():
         pairs=ref("pairs"),
         maps={name: ref(f"map-{name}") for name in conditions},
         latents={name: ref(f"latent-{name}") for name in ("image", *conditions)},
+        text=ref("text"),
     )
 
 
