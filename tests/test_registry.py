@@ -9,7 +9,7 @@ from prompt_diffusion.registry import RunTracker, connect, record_metrics, regis
 from prompt_diffusion.settings import Settings
 from prompt_diffusion.store.manifest import open_manifest
 from prompt_diffusion.training.config import DropoutConfig, NoiseConfig, TrainConfig, TrainResources
-from prompt_diffusion.training.encode import EncodeConfig, run_encode
+from prompt_diffusion.training.encode import EncodeConfig, run_encode, run_encode_text
 from prompt_diffusion.training.stage import TrainInputs
 from prompt_diffusion.training.train import run_train
 from prompt_diffusion.training.world import World
@@ -29,7 +29,8 @@ def model(scene_inputs, tiny_base):
         batch_size=2,
         num_steps=1,
     )
-    inputs = TrainInputs(pairs=scene_inputs.pairs, maps=scene_inputs.maps, latents=latents)
+    text = run_encode_text(encode, scene_inputs.pairs, scene_inputs.store)
+    inputs = TrainInputs(pairs=scene_inputs.pairs, maps=scene_inputs.maps, latents=latents, text=text)
     return run_train(config, inputs, scene_inputs.store, TrainResources(), World())
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -80,8 +81,8 @@ class InContextData:
         """Return the captions of one side, a row each."""
         return self._captions[side]
 
-    def image(self, row: int, side: Side, condition: str | None) -> Pixels:
-        """Return the photograph (``condition=None``) or a condition map of one side: uint8 H, W, 3."""
+    def image(self, row: int, side: Side, condition: str | None, out: Pixels | None = None) -> Pixels:
+        """Return the photograph (``condition=None``) or a condition map of one side: uint8 H, W, 3, in ``out`` if given."""
         if condition is not None and condition not in self.maps:
             raise ValueError(
                 f"no condition maps {condition!r} here: there are {', '.join(sorted(self.maps)) or 'none'}"
@@ -89,8 +90,9 @@ class InContextData:
         manifest = self.pairs if condition is None else self.maps[condition]
         column = f"{side}_{'image' if condition is None else 'map'}"
         shard, position = self.places[row]
-        pixels = self.cache.read_row(manifest, shard, column, position)
-        return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
+        pixels: Pixels = self.cache.read_row(manifest, shard, column, position, out)
+        # an order faster than NumPy's repeat
+        return cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB, dst=out) if pixels.shape[2] == 1 else pixels
 
     def choose_example(self, policy: ExamplePolicy, query_row: int, generator: np.random.Generator) -> int:
         """Return the row that the example pair is taken from.

@@ -59,22 +59,25 @@ class ShardCache:
         self.max_bytes = max_bytes
         self._entries: dict[str, _Entry] = {}
 
-    def read_row(self, manifest: Manifest, shard: int, column: str, row: int) -> Array:
+    def read_row(self, manifest: Manifest, shard: int, column: str, row: int, out: Array | None = None) -> Array:
         """Return one row of a column: an image as uint8 H, W, C (C is 1 where the whole shard is grey), else as it was made.
 
+        It is read into ``out``, a contiguous array, where that has the row's shape and type: then ``out`` is returned.
         Fetches the shard first where it is not cached; DamagedDataError where it is not what was sealed.
         """
         while True:
             entry = self._find(manifest, shard)
             found = _find_column(entry, column, manifest)
-            values = np.empty(found.shape, found.dtype)
+            values = out
+            if values is None or (values.shape, values.dtype) != (found.shape, found.dtype):
+                values = np.empty(found.shape, found.dtype)
             try:
                 handle = os.open(found.file, os.O_RDONLY)
             except FileNotFoundError:  # another process made room just now
                 self._entries.pop(manifest.shards[shard].sha256, None)
                 continue
             try:
-                size = os.preadv(handle, [values.reshape(-1).view(np.uint8)], row * found.row_bytes)
+                size = os.preadv(handle, [values.data], row * found.row_bytes)
             finally:
                 os.close(handle)
             if size != found.row_bytes:

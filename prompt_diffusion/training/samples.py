@@ -5,10 +5,10 @@ lies in the local shard cache.
 """
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from prompt_diffusion.data.dataset import InContextData, check_aligned, check_made_of
 from prompt_diffusion.data.records import Split
 from prompt_diffusion.data.sampler import RowOrder, sample_generator
-from prompt_diffusion.data.shard_cache import ShardCache
+from prompt_diffusion.data.shard_cache import Array, ShardCache
 from prompt_diffusion.store.manifest import Manifest, open_manifest
 from prompt_diffusion.training.config import NoiseConfig, TrainConfig
 from prompt_diffusion.training.stage import IMAGE_TARGET, TrainInputs
@@ -39,7 +39,28 @@ class SampleDraw:
     has_text: bool
     has_example: bool
     generator: np.random.Generator
-    """For what is left: timestep, the posterior's sample, noise."""
+    """For what is left, in this order: timestep, the posterior's sample, noise."""
+
+    def read_example_source(self, out: Array | None = None) -> Array:
+        """Return uint8 H, W, 3, in ``out`` if given."""
+        return self.data.rows.image(self.example_row, "input", self.vision_task.source_condition, out)
+
+    def read_example_target(self, out: Array | None = None) -> Array:
+        """Return uint8 H, W, 3, in ``out`` if given."""
+        return self.data.rows.image(self.example_row, "input", self.vision_task.target_condition, out)
+
+    def read_query(self, out: Array | None = None) -> Array:
+        """Return uint8 H, W, 3, in ``out`` if given."""
+        return self.data.rows.image(self.row, "edited", self.vision_task.source_condition, out)
+
+    def sample_posterior(self, out: Array | None = None) -> Array:
+        """Draw from the posterior of the target, float32 C, h, w, in ``out`` if given."""
+        mean, std = self.data.read_posterior(self.vision_task.target_condition, self.row)
+        return np.add(mean, std * self.sample_noise(mean.shape), out=out)
+
+    def sample_noise(self, shape: Sequence[int], out: Array | None = None) -> Array:
+        """Draw standard Gaussian noise, float32, in ``out`` if given."""
+        return self.generator.standard_normal(tuple(shape), dtype=np.float32, out=out)
 
 
 @dataclass(frozen=True)
@@ -62,19 +83,6 @@ class Batch:
     """int64 N."""
     text: Tensor
     """Text embeddings, float32 N, L, C."""
-
-    def pin(self) -> "Batch":
-        """Return the same in memory that a GPU copies from without waiting."""
-        return Batch(
-            labels=self.labels,
-            pairs=None if self.pairs is None else (self.pairs[0].pin_memory(), self.pairs[1].pin_memory()),
-            has_example=self.has_example.pin_memory(),
-            queries=self.queries.pin_memory(),
-            clean=self.clean.pin_memory(),
-            noise=self.noise.pin_memory(),
-            timesteps=self.timesteps.pin_memory(),
-            text=self.text.pin_memory(),
-        )
 
 
 class TrainingData:
@@ -109,9 +117,11 @@ class TrainingData:
             self.cache.read_row(manifest, shard, "edited_std", position),
         )
 
-    def read_text(self, row: int) -> Floats:
-        """Return the embedding, float32 L, C, of a row's caption."""
-        return self.cache.read_row(self.text, self.rows.places[row][0], "embedding", self.rows.caption_positions[row])
+    def read_text(self, row: int, out: Array | None = None) -> Floats:
+        """Return the embedding, float32 L, C, of a row's caption, in ``out`` if given."""
+        return self.cache.read_row(
+            self.text, self.rows.places[row][0], "embedding", self.rows.caption_positions[row], out
+        )
 
 
 def draw_timestep(generator: np.random.Generator, noise: NoiseConfig, num_timesteps: int) -> int:
@@ -188,43 +198,45 @@ class BatchMaker:
             fetcher.advance(indices.start)
         draws = [draw_sample(self.config, self.data, index) for index in indices]
         timesteps = [draw_timestep(d.generator, self.config.noise, self.num_timesteps) for d in draws]
-        clean = torch.stack([_sample_posterior(d) for d in draws])
-        noise = torch.stack([sample_noise(d.generator, clean.shape[1:]) for d in draws])
-        batch = Batch(
+        clean = self._gather([d.sample_posterior for d in draws])
+        noise = self._gather([partial(d.sample_noise, clean.shape[1:]) for d in draws])
+        pairs = None
+        if self.config.method == "prompt_diffusion":
+            pairs = (
+                self._gather([d.read_example_source for d in draws]),
+                self._gather([d.read_example_target for d in draws]),
+            )
+        return Batch(
             labels=[self.config.vision_tasks.index(d.vision_task.name) for d in draws],
-            pairs=_read_pairs(draws) if self.config.method == "prompt_diffusion" else None,
-            has_example=torch.tensor([d.has_example for d in draws]),
-            queries=_stack(d.data.rows.image(d.row, "edited", d.vision_task.source_condition) for d in draws),
+            pairs=pairs,
+            has_example=torch.tensor([d.has_example for d in draws], pin_memory=self.pins_memory),
+            queries=self._gather([d.read_query for d in draws]),
             clean=clean,
             noise=noise,
-            timesteps=torch.tensor(timesteps),
-            text=_stack(self._read_text(d) for d in draws),
+            timesteps=torch.tensor(timesteps, pin_memory=self.pins_memory),
+            text=self._gather([partial(self._read_text, d) for d in draws]),
         )
-        return batch.pin() if self.pins_memory else batch
 
     def close(self) -> None:
         """End the threads that fetch ahead."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _read_text(self, draw: SampleDraw) -> Floats:
+    def _read_text(self, draw: SampleDraw, out: Array | None = None) -> Array:
         fixed = draw.vision_task.text if draw.has_text else ""
-        return draw.data.read_text(draw.row) if fixed is None else self.fixed_texts[fixed]
+        return draw.data.read_text(draw.row, out) if fixed is None else self.fixed_texts[fixed]
 
-
-def _sample_posterior(draw: SampleDraw) -> Tensor:
-    mean, std = map(torch.from_numpy, draw.data.read_posterior(draw.vision_task.target_condition, draw.row))
-    return mean + std * sample_noise(draw.generator, mean.shape)
-
-
-def _read_pairs(draws: Sequence[SampleDraw]) -> tuple[Tensor, Tensor]:
-    return (
-        _stack(d.data.rows.image(d.example_row, "input", d.vision_task.source_condition) for d in draws),
-        _stack(d.data.rows.image(d.example_row, "input", d.vision_task.target_condition) for d in draws),
-    )
-
-
-def _stack(arrays: Iterable[NDArray[Any]]) -> Tensor:
-    return torch.from_numpy(np.stack(list(arrays)))
+    def _gather(self, reads: Sequence[Callable[[Array | None], Array]]) -> Tensor:
+        """Return what they read as one tensor: the first shows shape and type, the others may fill the slot they are given."""
+        first = reads[0](None)
+        kind = torch.from_numpy(first).dtype
+        gathered = torch.empty((len(reads), *first.shape), dtype=kind, pin_memory=self.pins_memory)
+        slots: Array = gathered.numpy()
+        slots[0] = first
+        for slot, read in zip(slots[1:], reads[1:], strict=True):
+            values = read(slot)
+            if values is not slot:
+                slot[...] = values
+        return gathered
 
 
 class WindowFetcher:

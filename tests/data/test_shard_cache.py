@@ -1,6 +1,7 @@
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -55,7 +56,7 @@ def test_what_is_cached_is_read_without_the_store_and_by_another_process_cache(m
     for shard in range(SHARDS):
         ShardCache(tmp_path / "cache").fetch(manifest, shard)
     elsewhere = manifest.ref.model_copy(update={"uri": str(tmp_path / "gone")})
-    check_every_row(ShardCache(tmp_path / "cache"), type(manifest)(**{**vars(manifest), "ref": elsewhere}))
+    check_every_row(ShardCache(tmp_path / "cache"), replace(manifest, ref=elsewhere))
 
 
 def test_threads_that_ask_for_one_shard_fetch_it_once(manifest, tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 
 from prompt_diffusion.training.config import DropoutConfig, NoiseConfig, OptimizerConfig, TrainConfig
-from prompt_diffusion.training.encode import EncodeConfig, run_encode
+from prompt_diffusion.training.encode import EncodeConfig, run_encode, run_encode_text
 from prompt_diffusion.training.stage import TrainInputs
 
 
@@ -12,7 +12,8 @@ def train_inputs(scene_inputs, tiny_base):
     encode = EncodeConfig(base=tiny_base)
     images = {"image": scene_inputs.pairs, **scene_inputs.maps}
     latents = {name: run_encode(encode, ref, scene_inputs.store) for name, ref in images.items()}
-    return TrainInputs(pairs=scene_inputs.pairs, maps=scene_inputs.maps, latents=latents)
+    text = run_encode_text(encode, scene_inputs.pairs, scene_inputs.store)
+    return TrainInputs(pairs=scene_inputs.pairs, maps=scene_inputs.maps, latents=latents, text=text)
 
 
 @pytest.fixture(scope="session")
