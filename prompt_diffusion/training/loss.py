@@ -103,6 +103,10 @@ class InContextObjective:
         self.text_rows = {text: row for row, text in enumerate(texts)}
         self.text = encode_in_batches(base, texts)
 
+    def prepare(self, indices: range) -> range:
+        """Return the samples' indices."""
+        return indices
+
     def compute_losses(self, indices: range) -> tuple[Tensor, list[int]]:
         """Return the loss of each sample and the position of its vision task."""
         draws = [draw_sample(self.config, self.data, index) for index in indices]
