@@ -18,7 +18,6 @@ from prompt_diffusion.training.checkpoint import Progress, list_checkpoints
 from prompt_diffusion.training.config import OptimizerConfig, TrainResources
 from prompt_diffusion.training.feed import Feed
 from prompt_diffusion.training.loop import Stopped, choose_device_batch, run_loop
-from prompt_diffusion.training.loss import weigh_by_snr
 from prompt_diffusion.training.meter import count_flop
 from prompt_diffusion.training.plan import LoopPlan
 from prompt_diffusion.training.world import ALONE, World, join_world
@@ -417,6 +416,9 @@ def test_two_processes_one_and_two_again_see_one_stream_and_lose_nothing(tmp_pat
 
 
 def test_min_snr_weights_by_hand():
+    # here, for the processes that this module starts need not load diffusers
+    from prompt_diffusion.training.loss import weigh_by_snr
+
     alphas = torch.tensor([0.9, 0.5, 0.0])  # signal-to-noise ratios 9, 1, 0
     steps = torch.tensor([0, 1, 2])
     torch.testing.assert_close(weigh_by_snr(alphas, steps, 5.0, "epsilon"), torch.tensor([5 / 9, 1.0, 1.0]))
