@@ -201,6 +201,7 @@ def train_refs() -> "Callable[..., TrainInputs]":
             pairs=ref("pairs"),
             maps={condition: ref(f"map-{condition}") for condition in conditions},
             latents={target: ref(f"latent-{target}") for target in ("image", *conditions)},
+            text=ref("text"),
         )
 
     return build

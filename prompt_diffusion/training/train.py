@@ -33,8 +33,9 @@ from prompt_diffusion.store.manifest import (
 from prompt_diffusion.store.storage import join_uri
 from prompt_diffusion.training.checkpoint import Progress
 from prompt_diffusion.training.config import TrainConfig, TrainResources
-from prompt_diffusion.training.loop import LoopPlan, OnStep, run_loop
+from prompt_diffusion.training.loop import run_loop
 from prompt_diffusion.training.loss import InContextObjective, check_recipe
+from prompt_diffusion.training.plan import LoopPlan, OnStep
 from prompt_diffusion.training.samples import open_training_data
 from prompt_diffusion.training.stage import PIPELINE_FOLDER, TrainInputs, identify_train
 from prompt_diffusion.training.validation import Validation

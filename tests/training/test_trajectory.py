@@ -46,7 +46,8 @@ def compute_trajectory(store: str) -> list[float]:
 
     resources = TrainResources(log_every_steps=1, device="cpu", device_batch_size=BATCH_SIZE, validate_every_steps=None)
     ref = run_train(recipe, inputs, store, resources, World(), note)
-    assert ref is not None and open_manifest(ref.uri).counts["skipped_steps"] == 0
+    assert ref is not None
+    assert open_manifest(ref.uri).counts["skipped_steps"] == 0
     return [losses[step] for step in range(1, STEPS + 1)]
 
 
