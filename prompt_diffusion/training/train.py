@@ -87,7 +87,7 @@ def run_train(
         validation.close()
     if not world.is_main:
         return None
-    grid = validation.render_grid()
+    grid = validation.render_grid(progress.step)
     pipeline = PromptDiffusionPipeline.from_parts(base, controlnet.eval()).to(
         "cpu", memory_format=torch.contiguous_format
     )
