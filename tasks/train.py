@@ -11,6 +11,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prompt_diffusion.registry import RunTracker
 from prompt_diffusion.settings import load_settings
 from prompt_diffusion.store.manifest import ManifestRef, find_sealed
+from prompt_diffusion.tracking.facts import flatten
 from prompt_diffusion.training.config import TrainConfig, TrainResources
 from prompt_diffusion.training.encode import (
     EncodeConfig,
@@ -76,19 +77,23 @@ def train(config: TrainConfig, inputs: TrainInputs, store: str, resources: Train
     identity = identify_train(config, inputs)
     sealed = find_sealed(identity, store)
     if sealed is not None:
-        return sealed  # before a tracker is asked for, which loads MLflow
+        return sealed
     name = name_training(config)
-    tracker = RunTracker(load_settings(), name, identity.fingerprint, config.model_dump(mode="json"))
     log_event = log_training(name)
+    with RunTracker(
+        load_settings(), name, identity, flatten({"resources": resources.model_dump(mode="json")})
+    ) as tracker:
 
-    def report(event: dict[str, Any]) -> None:
-        if _STOP_REQUESTED.is_set():
-            raise TrainingStoppedError(f"{name} was stopped: run the same command to go on from its last checkpoint")
-        tracker.log_event(event)
-        log_event(event)
+        def report(event: dict[str, Any]) -> None:
+            if _STOP_REQUESTED.is_set():
+                raise TrainingStoppedError(
+                    f"{name} was stopped: run the same command to go on from its last checkpoint"
+                )
+            tracker.log_event(event)
+            log_event(event)
 
-    model = launch_training(config, inputs, store, resources, on_event=report)
-    tracker.finish(model)
+        model = launch_training(config, inputs, store, resources, on_event=report)
+        tracker.finish(model)
     return model
 
 
