@@ -140,7 +140,7 @@ def test_a_run_says_what_is_trained_from_what_on_what(
         tracker.log_event({"command": "python -m prompt_diffusion.training.run run.json"})
         tracker.log_event(make_event(1))
         tracker.log_event(make_event(2, loss=float("nan")))
-        validation = {"step": 2, "num_steps": 9, "validation_loss": 0.75, "is_best": True, "grid_file": str(grid)}
+        validation = {"step": 2, "num_steps": 9, "validation_loss": 0.75, "is_best": True, "grid_uri": str(grid)}
         tracker.log_event(validation)
         grid.unlink()
         tracker.finish(model)

@@ -12,6 +12,7 @@ from typing import Any, Self
 from prompt_diffusion.settings import Settings
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import ManifestRef, open_manifest
+from prompt_diffusion.store.storage import read_bytes
 from prompt_diffusion.tracking.client import FINGERPRINT_TAG, check_tracking_uri
 from prompt_diffusion.tracking.delivery import Courier, find_folder
 from prompt_diffusion.tracking.facts import collect_tags, flatten
@@ -85,9 +86,10 @@ class RunTracker:
         if "step" in event:
             metrics = {name: event[key] / unit for key, (name, unit) in _METRICS.items() if event.get(key) is not None}
             metrics |= {f"loss/{label}": loss for label, loss in event.get("losses", {}).items()}
-            self.outbox.write({"metrics": metrics, "step": event["step"], "time": _now()})
-        if event.get("grid_file"):
-            self.outbox.keep_file(f"validation/step-{event['step']:08d}.png", Path(event["grid_file"]).read_bytes())
+            if metrics:
+                self.outbox.write({"metrics": metrics, "step": event["step"], "time": _now()})
+        if event.get("grid_uri"):
+            self.outbox.keep_file(f"validation/step-{event['step']:08d}.png", read_bytes(event["grid_uri"]))
         self._news.set()
 
     def finish(self, model: ManifestRef, limit_seconds: float = _FINISH_SECONDS) -> None:
