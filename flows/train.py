@@ -10,7 +10,7 @@ from prompt_diffusion.annotators.config import AnnotateConfig
 from prompt_diffusion.data.sources.image_folder import ImageFolderConfig
 from prompt_diffusion.model.references import BESIDE_BASE
 from prompt_diffusion.store.manifest import ManifestRef
-from prompt_diffusion.training.stage import TrainInputs
+from prompt_diffusion.training.stage import TrainInputs, check_pairs
 from prompt_diffusion.vision_tasks import VISION_TASKS
 from tasks.register import register
 
@@ -107,7 +107,9 @@ def build_custom_overrides(condition: str, mixed: bool, model: str | None, steps
 
 def prepare_custom_inputs(run: Run, folder: str, condition: str, mixed: bool) -> TrainInputs:
     """Return what a training on a user's own pairs reads: the pairs first, so that what is wrong with them is said at once."""
-    own = prepare_inputs(use_pairs(run, folder, condition))
+    pairs = use_pairs(run, folder, condition)
+    check_pairs(obtain_pairs(pairs))
+    own = prepare_inputs(pairs)
     return prepare_inputs(run).model_copy(update={"others": (own,)}) if mixed else own
 
 

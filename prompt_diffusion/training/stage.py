@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from prompt_diffusion.model.references import base_digest, controlnet_digest
 from prompt_diffusion.store.fingerprint import StageIdentity
-from prompt_diffusion.store.manifest import ManifestRef
+from prompt_diffusion.store.manifest import ManifestRef, open_manifest
 from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.vision_tasks import VisionTask, find_vision_task
 
@@ -69,6 +69,20 @@ class TrainInputs(BaseModel):
             maps={name: self.maps[name] for name in maps},
             latents={name: self.latents[name] for name in latents},
             text=self.text,
+        )
+
+
+def check_pairs(pairs: ManifestRef) -> None:
+    """Raise ValueError where image pairs are too few to train on: no validation row, or no second prompt group to show."""
+    splits = open_manifest(pairs.uri).read_table(["split", "group_id"]).to_pydict()
+    groups = {split: set[str]() for split in ("train", "validation")}
+    for split, group in zip(splits["split"], splits["group_id"], strict=True):
+        groups.get(split, set()).add(group)
+    if len(groups["train"]) < 2 or not groups["validation"]:
+        raise ValueError(
+            f"{pairs.rows} pairs are too few: {len(groups['train'])} of their groups are for training, of which two are "
+            f"needed, and {len(groups['validation'])} for validation, of which one is: give more pairs, or a larger share in "
+            "ingest.split_fractions"
         )
 
 
