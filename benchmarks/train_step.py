@@ -11,6 +11,8 @@ import argparse
 import copy
 import tempfile
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,19 +26,26 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from prompt_diffusion.annotators.annotate import run_annotate
 from prompt_diffusion.annotators.base import AnnotateResources
 from prompt_diffusion.annotators.config import AnnotateConfig
-from prompt_diffusion.data.dataset import InContextData
 from prompt_diffusion.data.ingest import IngestConfig, run_ingest
+from prompt_diffusion.data.shard_cache import ShardCache
 from prompt_diffusion.data.sources.scenes import ScenesConfig
 from prompt_diffusion.data.transforms import to_model_range
 from prompt_diffusion.model.base import Base
 from prompt_diffusion.model.controlnet import PromptDiffusionControlNet, predict_noise
-from prompt_diffusion.store.manifest import open_manifest
-from prompt_diffusion.training.config import TrainConfig
-from prompt_diffusion.training.encode import encode_posterior
-from prompt_diffusion.training.loss import InContextObjective, draw_sample, draw_timestep, sample_noise
+from prompt_diffusion.training.config import TrainConfig, TrainResources
+from prompt_diffusion.training.encode import EncodeConfig, run_encode, run_encode_text
+from prompt_diffusion.training.loss import InContextObjective
 from prompt_diffusion.training.optimizer import build_optimizers
 from prompt_diffusion.training.pretrain import train_tokenizer
 from prompt_diffusion.training.pretrain_config import PretrainConfig
+from prompt_diffusion.training.samples import (
+    TrainingData,
+    draw_sample,
+    draw_timestep,
+    open_training_data,
+    sample_noise,
+)
+from prompt_diffusion.training.stage import TrainInputs
 from prompt_diffusion.training.train import build_controlnet, place_networks, select_parameters
 
 IMAGE_SIZE = 256
@@ -52,7 +61,9 @@ def build_base(divisor: int, captions: list[str]) -> Base:
         down_block_types=(*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
         up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
         cross_attention_dim=_round(768 // divisor, 8),
-        attention_head_dim=8,
+        attention_head_dim=max(
+            1, round(8 / divisor)
+        ),  # diffusers' name for the heads: each stays about as wide as SD's
         norm_num_groups=32,
     )
     vae = AutoencoderKL(
@@ -86,24 +97,33 @@ def _round(value: int, multiple: int) -> int:
     return max(multiple, value // multiple * multiple)
 
 
-def load_data(num_groups: int, folder: str) -> InContextData:
-    """Return ray-cast scenes at 256 px with their exact maps."""
+def make_inputs(num_groups: int, base: str, folder: str) -> TrainInputs:
+    """Return ray-cast scenes at 256 px with their exact maps, their latents and their text embeddings, sealed in a folder."""
     config = IngestConfig(
         source=ScenesConfig(num_groups=num_groups), image_size=IMAGE_SIZE, split_fractions=(1.0, 0.0, 0.0)
     )
     pairs = run_ingest(config, folder)
     maps = {
-        name: open_manifest(run_annotate(AnnotateConfig(condition=name), pairs, folder, AnnotateResources()).uri)
-        for name in CONDITIONS
+        name: run_annotate(AnnotateConfig(condition=name), pairs, folder, AnnotateResources()) for name in CONDITIONS
     }
-    return InContextData(open_manifest(pairs.uri), maps, "train")
+    encode = EncodeConfig(base=base)
+    return TrainInputs(
+        pairs=pairs,
+        maps=maps,
+        latents={name: run_encode(encode, images, folder) for name, images in {"image": pairs, **maps}.items()},
+        text=run_encode_text(encode, pairs, folder),
+    )
 
 
 class PublishedStep:
     """The published step: everything online, gradient checkpointing, float32."""
 
     def __init__(
-        self, config: TrainConfig, base: Base, controlnet: PromptDiffusionControlNet, data: InContextData
+        self,
+        config: TrainConfig,
+        base: Base,
+        controlnet: PromptDiffusionControlNet,
+        data: Mapping[str, TrainingData],
     ) -> None:
         self.config, self.base, self.controlnet, self.data = config, base, controlnet, data
         self.scheduler = DDPMScheduler.from_config(base.scheduler.config)
@@ -112,7 +132,7 @@ class PublishedStep:
     def compute_losses(self, indices: range) -> Tensor:
         """Return the loss of each sample, of the same draws as ours."""
         draws = [draw_sample(self.config, self.data, index) for index in indices]
-        samples = [self.data.assemble(draw.vision_task, draw.row, draw.example_row) for draw in draws]
+        samples = [draw.data.rows.assemble(draw.vision_task, draw.row, draw.example_row) for draw in draws]
         steps = torch.tensor([draw_timestep(draw.generator, self.config.noise, 1000) for draw in draws])
         steps = steps.to(self.device)
 
@@ -155,22 +175,18 @@ def measure_ceiling(device: torch.device, dtype: torch.dtype) -> float:
 class Contest:
     """Both steps on one model, with optimizers of their own."""
 
-    def __init__(self, config: TrainConfig, divisor: int, batch_size: int, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, divisor: int, batch_size: int, device: torch.device, folder: Path) -> None:
         self.batch_size = batch_size
-        with tempfile.TemporaryDirectory() as folder:
-            data = load_data(2 * batch_size, folder)
-        base = build_base(divisor, data.captions("edited"))
+        base = build_base(divisor, ["a red cube on a green floor under a clear sky"])
+        base.save(folder / "base")
+        inputs = make_inputs(2 * batch_size, str(folder / "base"), str(folder))
+        data = open_training_data(config, inputs, ShardCache(folder / "cache"), "train")
         controlnet = build_controlnet(config, base)
-        latents: dict[str | None, tuple[Tensor, Tensor]] = {}
-        for condition in (None, *CONDITIONS):
-            images = np.stack([data.image(row, "edited", condition) for row in range(data.num_rows)])
-            mean, std = encode_posterior(base.vae, images)
-            latents[condition] = (torch.from_numpy(mean), torch.from_numpy(std))
         published_base, published_controlnet = copy.deepcopy(base), copy.deepcopy(controlnet)
         for part in (published_base.unet, published_base.vae, published_base.text_encoder, published_controlnet):
             part.to(device)
-        place_networks(base, controlnet, device)
-        self.objective = InContextObjective(config, base, controlnet, data, latents, device)
+        place_networks(base, controlnet, device, TrainResources())
+        self.objective = InContextObjective(config, base, controlnet, data, device)
         self.published = PublishedStep(config, published_base, published_controlnet, data)
         published_controlnet.trunk.enable_gradient_checkpointing()
         published_base.unet.enable_gradient_checkpointing()
@@ -186,7 +202,7 @@ class Contest:
         """Return the loss of each sample by one of the two paths."""
         if name == "peer":
             return self.published.compute_losses(indices)
-        return self.objective.compute_losses(indices)[0]
+        return self.objective.compute_losses(self.objective.prepare(indices))[0]
 
     @torch.no_grad()
     def find_largest_difference(self) -> float:
@@ -222,13 +238,14 @@ def main() -> None:
         stem_channels=tuple(max(4, width // arguments.divisor) for width in (16, 32, 96, 256)),
         precision=arguments.precision,
     )
-    contest = Contest(config, arguments.divisor, arguments.batch_size, device)
-    gap = contest.find_largest_difference()
-    with FlopCounterMode(display=False) as counter:
-        contest.step("ours")
-    operations = counter.get_total_flops() / arguments.batch_size
-    paths = {"ours": lambda: contest.step("ours"), "peer": lambda: contest.step("peer")}
-    compared = compare(take_turns(arguments.rounds, paths), arguments.batch_size)
+    with tempfile.TemporaryDirectory() as folder:
+        contest = Contest(config, arguments.divisor, arguments.batch_size, device, Path(folder))
+        gap = contest.find_largest_difference()
+        with FlopCounterMode(display=False) as counter:
+            contest.step("ours")
+        operations = counter.get_total_flops() / arguments.batch_size
+        paths = {"ours": lambda: contest.step("ours"), "peer": lambda: contest.step("peer")}
+        compared = compare(take_turns(arguments.rounds, paths), arguments.batch_size)
     ceiling = measure_ceiling(device, torch.bfloat16 if arguments.precision == "bfloat16" else torch.float32)
     finish(
         {

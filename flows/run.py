@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from prompt_diffusion.model.mirror import find_model
 from prompt_diffusion.presets import RunConfig, build_preset
+from prompt_diffusion.registry import fetch
 from prompt_diffusion.settings import Settings, load_settings
 from prompt_diffusion.store.storage import check_writable, local_path
 
@@ -40,6 +42,29 @@ def start_run(preset: Preset, overrides: Overrides | None, store: str | None, up
         root = str(Path(folder).resolve())  # references outlive this process and its working directory
     check_writable(root)
     return Run(config, settings, root, upstream)
+
+
+def find_models(run: Run) -> Run:
+    """Return the run with what its trainings start from found: a registered model or a mirrored one as a local folder.
+
+    ValueError, one sentence, for a registered model that is not there and a mirror's file that was altered.
+    """
+
+    def find(reference: str) -> str:
+        if reference.startswith("models:/"):
+            return str(fetch(reference, run.settings).resolve())
+        return find_model(reference, run.store, run.settings.cache_dir)
+
+    config = run.config
+    base = find(config.train.base)
+    controlnet = None if config.train.controlnet is None else find(config.train.controlnet)
+    controlnets = {task: find(reference) for task, reference in config.baselines.controlnets.items()}
+    found = {
+        "encode": config.encode.model_copy(update={"base": base}),
+        "train": config.train.model_copy(update={"base": base, "controlnet": controlnet}),
+        "baselines": config.baselines.model_copy(update={"controlnets": controlnets}),
+    }
+    return replace(run, config=config.model_copy(update=found))
 
 
 class Stopwatch:

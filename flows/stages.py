@@ -7,7 +7,7 @@ from typing import Any
 from prefect import Task
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.run import Run
+from flows.run import Run, find_models
 from flows.workers import start_workers
 from prompt_diffusion.annotators.config import EXACT
 from prompt_diffusion.evaluation.cells import build_cell_config
@@ -23,7 +23,7 @@ from tasks.benchmark import make_benchmark
 from tasks.caching import identify_stage
 from tasks.evaluate import generate, measure, measure_in_context, measure_trivial
 from tasks.ingest import ingest
-from tasks.train import encode, stop_on_interrupt, train
+from tasks.train import encode, encode_text, stop_on_interrupt, train
 
 Stage = Task[..., ManifestRef]
 
@@ -109,14 +109,16 @@ def obtain_maps(run: Run, pairs: ManifestRef) -> dict[str, ManifestRef]:
 
 
 def obtain_inputs(run: Run, pairs: ManifestRef, maps: dict[str, ManifestRef]) -> TrainInputs:
-    """Return what trainings read: pairs, maps, and the latents of both."""
+    """Return what trainings read: pairs, maps, the latents of both, and the captions' embeddings."""
     images = {IMAGE_TARGET: pairs, **maps}
-    latents = obtain_all(run, encode, [{"config": run.config.encode, "images": ref} for ref in images.values()])
-    return TrainInputs(pairs=pairs, maps=maps, latents=dict(zip(images, latents, strict=True)))
+    common = {"config": run.config.encode, "resources": run.config.resources.encode}
+    latents = obtain_all(run, encode, [{**common, "images": ref} for ref in images.values()])
+    text = obtain(run, encode_text, **common, pairs=pairs)
+    return TrainInputs(pairs=pairs, maps=maps, latents=dict(zip(images, latents, strict=True)), text=text)
 
 
-def obtain_six_task_model(run: Run, inputs: TrainInputs) -> ManifestRef:
-    """Return the one model of six vision tasks."""
+def obtain_joint_model(run: Run, inputs: TrainInputs) -> ManifestRef:
+    """Return the one model of all the run's vision tasks."""
     return obtain(run, train, config=run.config.train, inputs=inputs, resources=run.config.resources.train)
 
 
@@ -130,9 +132,10 @@ def obtain_baselines(run: Run, inputs: TrainInputs) -> dict[str, ManifestRef]:
 
 def obtain_models(run: Run) -> Models:
     """Return every model, from the image pairs on."""
+    run = find_models(run)
     pairs = obtain_pairs(run)
     inputs = obtain_inputs(run, pairs, obtain_maps(run, pairs))
-    return Models(inputs, obtain_six_task_model(run, inputs), obtain_baselines(run, inputs))
+    return Models(inputs, obtain_joint_model(run, inputs), obtain_baselines(run, inputs))
 
 
 def obtain_measurements(run: Run, models: Models) -> Measurements:

@@ -1,11 +1,17 @@
-"""Training: one model of six vision tasks, and the six baselines that know one vision task each."""
+"""Training: one model of six vision tasks, the six baselines that know one each, and a user's own vision task."""
+
+from dataclasses import replace
 
 from prefect import flow
 
-from flows.run import Overrides, Preset, Run, Upstream, start_run
-from flows.stages import obtain_baselines, obtain_inputs, obtain_maps, obtain_pairs, obtain_six_task_model
+from flows.run import Overrides, Preset, Run, Upstream, find_models, start_run
+from flows.stages import obtain_baselines, obtain_inputs, obtain_joint_model, obtain_maps, obtain_pairs
+from prompt_diffusion.annotators.config import AnnotateConfig
+from prompt_diffusion.data.sources.image_folder import ImageFolderConfig
+from prompt_diffusion.model.references import BESIDE_BASE
 from prompt_diffusion.store.manifest import ManifestRef
 from prompt_diffusion.training.stage import TrainInputs
+from prompt_diffusion.vision_tasks import VISION_TASKS
 from tasks.register import register
 
 
@@ -23,8 +29,8 @@ def train_six_task(
         store: Folder or s3:// address that keeps every stage; empty means PROMPT_DIFFUSION_STORE, else `outputs/store`.
         upstream: What to do about earlier stages that are not sealed yet: make them, or fail and name the first.
     """
-    run = start_run(preset, overrides, store, upstream)
-    model = obtain_six_task_model(run.making(), prepare_inputs(run))
+    run = find_models(start_run(preset, overrides, store, upstream))
+    model = obtain_joint_model(run.making(), prepare_inputs(run))
     register(model)
     return model
 
@@ -41,8 +47,76 @@ def train_controlnet_baselines(
         store: Folder or s3:// address that keeps every stage; empty means PROMPT_DIFFUSION_STORE, else `outputs/store`.
         upstream: What to do about earlier stages that are not sealed yet: make them, or fail and name the first.
     """
-    run = start_run(preset, overrides, store, upstream)
+    run = find_models(start_run(preset, overrides, store, upstream))
     return obtain_baselines(run.making(), prepare_inputs(run))
+
+
+@flow(name="train")
+def train_custom(
+    folder: str,
+    condition: str,
+    mixed: bool = False,
+    model: str | None = "models:/prompt-diffusion@challenger",
+    steps: int | None = None,
+    preset: Preset = "demo",
+    overrides: Overrides | None = None,
+    store: str | None = None,
+    upstream: Upstream = "make",
+) -> ManifestRef:
+    """Train a vision task of your own, from a folder of (source, target) pairs, and register the model under its own name.
+
+    The vision task is called `{condition}_to_image`; the registered model `prompt-diffusion-{condition}`.
+
+    Args:
+        folder: The pairs: images with `metadata.csv` of `source_file_name`, `target_file_name` and `caption`, at a path or URI.
+        condition: What the source images are, in one word of your own, for example `sketch`.
+        mixed: Train on the preset's six vision tasks too, so that they are not forgotten; all are drawn equally often.
+        model: The registered model or folder to go on from; none starts from the preset's base with a new ControlNet.
+        steps: Optimizer steps; empty means the preset's.
+        preset: The complete configuration to start from: resolution, recipe and, where mixed, the six tasks' dataset.
+        overrides: Single fields to change, by dotted name, for example `{"train.batch_size": 16}`.
+        store: Folder or s3:// address that keeps every stage; empty means PROMPT_DIFFUSION_STORE, else `outputs/store`.
+        upstream: What to do about earlier stages that are not sealed yet: make them, or fail and name the first.
+    """
+    changes = build_custom_overrides(condition, mixed, model, steps) | (overrides or {})
+    run = find_models(start_run(preset, changes, store, upstream))
+    trained = obtain_joint_model(run.making(), prepare_custom_inputs(run, folder, condition, mixed))
+    register(trained, name=f"{run.settings.registered_model}-{condition}")
+    return trained
+
+
+def build_custom_overrides(condition: str, mixed: bool, model: str | None, steps: int | None) -> Overrides:
+    """Return what a training on a user's own pairs changes in a preset; ValueError where the condition's name is taken."""
+    names = {task.condition for task in VISION_TASKS.values()}
+    if mixed and condition in names:
+        raise ValueError(
+            f"the condition {condition!r} is one of the six vision tasks' own: mixed with them, give it another name"
+        )
+    own = f"{condition}_to_image"
+    changes: Overrides = {
+        "train.vision_tasks": [*VISION_TASKS, own] if mixed else [own],
+        # A user's pair has no edited twin: an example from its own group would show the answer.
+        "train.map_to_image_examples": {"other_group": 1.0},
+    }
+    if model is not None:
+        changes |= {"train.base": model, "train.controlnet": BESIDE_BASE}
+    if steps is not None:
+        changes["train.num_steps"] = steps
+    return changes
+
+
+def prepare_custom_inputs(run: Run, folder: str, condition: str, mixed: bool) -> TrainInputs:
+    """Return what a training on a user's own pairs reads: the pairs first, so that what is wrong with them is said at once."""
+    own = prepare_inputs(use_pairs(run, folder, condition))
+    return prepare_inputs(run).model_copy(update={"others": (own,)}) if mixed else own
+
+
+def use_pairs(run: Run, folder: str, condition: str) -> Run:
+    """Return the run with a user's pairs in place of the preset's dataset, ingested in the same way."""
+    source = ImageFolderConfig(uri=folder, condition=condition)
+    ingest = run.config.ingest.model_copy(update={"source": source})
+    pairs = {"ingest": ingest, "annotate": (AnnotateConfig(condition=condition),)}
+    return replace(run, config=run.config.model_copy(update=pairs))
 
 
 def prepare_inputs(run: Run) -> TrainInputs:

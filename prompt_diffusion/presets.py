@@ -5,9 +5,9 @@ A run is a preset plus overrides, validated before anything starts.
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from prompt_diffusion.annotators.base import AnnotateResources
 from prompt_diffusion.annotators.config import AnnotateConfig
@@ -23,7 +23,7 @@ from prompt_diffusion.training.config import (
     TrainConfig,
     TrainResources,
 )
-from prompt_diffusion.training.encode import EncodeConfig
+from prompt_diffusion.training.encode import EncodeConfig, EncodeResources
 
 PresetName = Literal["smoke", "demo", "paper"]
 PRESET_NAMES: tuple[PresetName, ...] = ("smoke", "demo", "paper")
@@ -43,6 +43,9 @@ class BaselinesConfig(_Frozen):
     """Optimizer and schedule."""
     batch_size: int = Field(default=128, ge=1)
     """Samples a step. The number of steps follows: as many samples of its vision task as the joint model saw of it."""
+    controlnets: dict[str, str] = {}
+    """ControlNet that the baseline of a vision task starts from, a folder or a hub's repository, such as
+    ``{"depth_to_image": "lllyasviel/sd-controlnet-depth"}``; the others start from the base's encoder."""
 
 
 class AnnotateFanOut(_Frozen):
@@ -73,6 +76,8 @@ class Resources(_Frozen):
     """How many baselines train at the same time."""
     annotate: AnnotateResources = AnnotateResources()
     """The annotators."""
+    encode: EncodeResources = EncodeResources()
+    """The encoders of latents and text."""
     annotate_fan_out: AnnotateFanOut = AnnotateFanOut()
     """How many workers share an annotation."""
     evaluate_batch_size: int = Field(default=16, ge=1)
@@ -101,10 +106,20 @@ class RunConfig(_Frozen):
     resources: Resources = Resources()
     """How much of this machine each stage takes."""
 
+    @model_validator(mode="after")
+    def _check_baselines(self) -> Self:
+        unknown = [name for name in self.baselines.controlnets if name not in self.train.vision_tasks]
+        if unknown:
+            raise ValueError(
+                f"baselines.controlnets names {', '.join(unknown)}; the vision tasks are {', '.join(self.train.vision_tasks)}"
+            )
+        return self
+
     def baseline_trainings(self) -> dict[str, TrainConfig]:
         """Return the CN(FT) recipe of each vision task, given as many samples of it as the joint training drew.
 
-        What the joint recipe says of examples has no meaning for them and is left at its default.
+        What the joint recipe says of examples has no meaning for them and is left at its default; what the joint training
+        starts its ControlNet from is not theirs.
         """
         plain = TrainConfig()
         dropout = self.train.dropout.model_copy(
@@ -116,6 +131,7 @@ class RunConfig(_Frozen):
             name: self.train.model_copy(
                 update={
                     "method": "controlnet",
+                    "controlnet": self.baselines.controlnets.get(name),
                     "vision_tasks": (name,),
                     "image_to_map_examples": plain.image_to_map_examples,
                     "map_to_image_examples": plain.map_to_image_examples,
@@ -132,18 +148,34 @@ class RunConfig(_Frozen):
 def paper() -> RunConfig:
     """Return the published configuration (Wang et al., NeurIPS 2023, arXiv 2305.01115), each value with its source.
 
-    - Data: CLIP-filtered InstructPix2Pix, 313,010 prompt groups, 90/5/5 in source order, 256 px by Lanczos (the code).
+    "The code" is the authors' repository, Zhendong-Wang/Prompt-Diffusion at 8ecd2d1.
+
+    - Data: CLIP-filtered InstructPix2Pix, 313,010 prompt groups, 90/5/5 in source order, 256 px by Lanczos, no augmentation
+      (the code).
     - Maps: MiDaS dpt_hybrid, HED (BSDS500), segmentation in ADE20K colours (section 4), of the images at their own
       resolution, resized once by Lanczos (the code). The published segmentation network, UniFormer, is in no maintained
       package: UperNet takes its place, on the same classes and colours.
-    - Model: SD v1.5; stems of 16, 16, 32, 32, 96, 96, 256 channels; ControlNet and SD's decoder trained (the code: the flag
-      that should lock the decoder is inverted).
-    - Optimizer: AdamW 1e-4, constant, float32, no EMA (the code); batch 512 (section 4; the author names 1024 in an issue,
-      the published yaml gives 2048), 5,000 steps (the released weights are of step 4,999).
+    - Model: SD v1.5; the ControlNet a copy of its encoder (section 3.2); stems of 16, 16, 32, 32, 96, 96, 256 channels, images
+      in [-1, 1] (the code); ControlNet and SD's decoder trained (the code: the flag that should lock the decoder is inverted).
+    - Samples: vision tasks drawn uniformly; the example from the input image of the same prompt group, query and target from
+      the edited image; the edited caption, or "depth map", "hed map", "segmentation map" (the code).
     - Dropout: one uniform number; text 0.10, example pair 0.10, both 0.05 (the code).
-    - Evaluation: DDIM, 100 steps, eta 0, guidance 9, 10,000 test images a vision task (section 4 and the code).
+    - Loss: noise prediction, L2, all samples alike, timesteps uniform over SD's own 1000 steps (the code).
+    - Optimizer: AdamW 1e-4, constant, not clipped, no EMA (the code; its decay and betas are presumed to be torch's defaults);
+      batch 512 (section 4; the author names 1024 in an issue, the published yaml gives 2048), 5,000 steps (the released
+      weights are of step 4,999). The seed is ours.
+    - Precision: the recipe's one departure, so that one GPU trains it in hours, not days. Published is float32 throughout
+      (the code), which ``train.precision=float32`` restores; here the networks compute in bfloat16 by autocast, while
+      weights, optimizer and loss stay float32.
+    - Baselines: CN(FT)'s schedule is not public. Ours: the same recipe with the query alone, one vision task each, batch 128,
+      as many samples of it as the joint model sees, from SD's encoder; ``baselines.controlnets`` starts them from public
+      ControlNets.
+    - Evaluation: DDIM, 100 steps, eta 0, guidance 9, the published suffix and negative prompt, the example of the same prompt
+      group, 10,000 test images a vision task (section 4 and the code). The in-context test is ours.
+    - Resources change no result: published is gradient checkpointing, which saves memory alone and is off here.
     """
     base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    training = TrainResources(loader_threads=8, checkpoint_every_seconds=300.0, validate_every_steps=500)
     return RunConfig(
         name="paper",
         ingest=IngestConfig(source=InstructPix2PixConfig(uri="data/instruct-pix2pix"), image_size=256),
@@ -153,9 +185,10 @@ def paper() -> RunConfig:
             AnnotateConfig(condition="seg", annotator="seg_upernet", resolution="native"),
         ),
         encode=EncodeConfig(base=base),
-        train=TrainConfig(base=base),
+        train=TrainConfig(base=base, precision="bfloat16"),
         baselines=BaselinesConfig(batch_size=128),
         evaluate=EvaluateConfig(),
+        resources=Resources(train=training, baselines=training),
     )
 
 
@@ -204,7 +237,8 @@ def demo() -> RunConfig:
             negative_prompt="",
         ),
         resources=Resources(
-            train=TrainResources(num_processes=2, device_batch_size=16),
+            train=TrainResources(num_processes=2, device_batch_size=16, validate_every_steps=425),
+            baselines=TrainResources(validate_every_steps=None),
             parallel_baselines=2,
             evaluate_batch_size=25,
         ),
@@ -228,7 +262,9 @@ def smoke() -> RunConfig:
                     "image_to_map_num_inference_steps": 2,
                 }
             ),
-            "resources": full.resources.model_copy(update={"train": TrainResources(), "evaluate_threads": 1}),
+            "resources": full.resources.model_copy(
+                update={"train": TrainResources(validate_every_steps=4), "evaluate_threads": 1}
+            ),
         }
     )
 

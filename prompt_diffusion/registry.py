@@ -1,4 +1,4 @@
-"""MLflow: training runs, registered models, and loading them back; the only module that imports mlflow.
+"""MLflow's registered models, and loading them back; what a training tells MLflow meanwhile is in ``tracking``.
 
 Nothing that an artifact holds is ever executed: a model is safetensors and JSON, checked against digests, read by our own
 loader.
@@ -6,18 +6,20 @@ loader.
 
 import json
 import logging
-import os
 import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
 from prompt_diffusion.settings import Settings, load_settings
 from prompt_diffusion.store.fingerprint import compute_digest
 from prompt_diffusion.store.manifest import ManifestRef, open_manifest
+from prompt_diffusion.tracking.client import FINGERPRINT_TAG, connect, find_or_create_run
+from prompt_diffusion.tracking.delivery import deliver_outboxes
+from prompt_diffusion.tracking.tracker import RunTracker
 from prompt_diffusion.training.stage import PIPELINE_FOLDER
 
 if TYPE_CHECKING:
@@ -28,11 +30,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EXPERIMENT = "prompt-diffusion"
+__all__ = [
+    "CHALLENGER",
+    "RegisteredModel",
+    "RunTracker",
+    "connect",
+    "load",
+    "record_metrics",
+    "register_model",
+]
+
 CHALLENGER = "challenger"
 _DIGESTS_FILE = "digests.json"
-_FINGERPRINT_TAG, _DIGEST_TAG = "fingerprint", "digests_sha256"
-_LOCK = threading.Lock()  # MLflow's SQLite migrations do not bear two threads that open a new database at once
+_DIGEST_TAG = "digests_sha256"
+_LOCK = threading.Lock()  # two threads with the same model make one version
 
 
 class RegisteredModel(BaseModel):
@@ -55,49 +66,15 @@ class RegisteredModel(BaseModel):
         return f"models:/{self.name}/{self.version}"
 
 
-class RunTracker:
-    """The MLflow run of one training; the same fingerprint goes on in the same run."""
-
-    def __init__(self, settings: Settings, name: str, fingerprint: str, configuration: Mapping[str, Any]) -> None:
-        with _LOCK:
-            self.client = connect(settings)
-            self.run_id = _find_or_create_run(self.client, settings, name, fingerprint, configuration)
-
-    def log_event(self, event: Mapping[str, Any]) -> None:
-        """Log what the training loop reports: the loss, the loss of each vision task, gradient norm, samples/s."""
-        values = {name: event[name] for name in ("loss", "gradient_norm", "samples_per_second")}
-        values |= {f"loss/{label}": loss for label, loss in event["losses"].items()}
-        for name, value in values.items():
-            self.client.log_metric(self.run_id, name, value, step=event["step"])
-
-    def finish(self, model: ManifestRef) -> None:
-        """Keep the validation grid and the losses beside the metrics, and end the run."""
-        manifest = open_manifest(model.uri)
-        with tempfile.TemporaryDirectory() as folder:
-            for name in ("grid.png", "losses.parquet", "config.json"):
-                path = Path(folder) / name
-                path.write_bytes(manifest.read_file(name))
-                self.client.log_artifact(self.run_id, str(path))
-        self.client.set_terminated(self.run_id)
-
-
-def connect(settings: Settings) -> "MlflowClient":
-    """Return a client of the tracking server or database that the settings name; a SQLite file's folder is made."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    from mlflow import MlflowClient
-
-    if settings.tracking_uri.startswith("sqlite:///"):
-        Path(settings.tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    return MlflowClient(tracking_uri=settings.tracking_uri, registry_uri=settings.tracking_uri)
-
-
 def register_model(
     model: ManifestRef, settings: Settings, metrics: Mapping[str, float] | None = None, alias: str = CHALLENGER
 ) -> RegisteredModel:
     """Make a sealed training a model version and give it the alias; the same model is registered once.
 
-    The version carries the training's fingerprint, the fingerprints of its inputs, and digests of every file.
+    The version carries the training's fingerprint, the fingerprints of its inputs, and digests of every file. What trainings
+    could not tell MLflow when it was away is delivered first.
     """
+    deliver_outboxes(settings)
     with _LOCK:
         client = connect(settings)
         name = settings.registered_model
@@ -132,36 +109,15 @@ def load(reference: str, settings: Settings | None = None, device: str = "cpu") 
     return load_pipeline(_download(reference, settings or load_settings()), device)
 
 
-def _find_or_create_run(
-    client: "MlflowClient", settings: Settings, name: str, fingerprint: str, configuration: Mapping[str, Any]
-) -> str:
-    experiment = _find_or_create_experiment(client, settings)
-    found = client.search_runs([experiment], f"tags.{_FINGERPRINT_TAG} = '{fingerprint}'", max_results=1)
-    if found:
-        run_id: str = found[0].info.run_id
-        client.set_terminated(run_id, status="RUNNING")
-        return run_id
-    run = client.create_run(experiment, run_name=name, tags={_FINGERPRINT_TAG: fingerprint})
-    for key, value in configuration.items():
-        client.log_param(run.info.run_id, key, str(value)[:500])
-    return str(run.info.run_id)
-
-
-def _find_or_create_experiment(client: "MlflowClient", settings: Settings) -> str:
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    if experiment is not None:
-        return str(experiment.experiment_id)
-    location = None  # a tracking server knows its own place for artifacts
-    if settings.tracking_uri.startswith("sqlite:///"):
-        database = Path(settings.tracking_uri.removeprefix("sqlite:///"))
-        location = (database.parent / "mlartifacts").resolve().as_uri()
-    return str(client.create_experiment(EXPERIMENT, artifact_location=location))
+def fetch(reference: str, settings: Settings) -> Path:
+    """Return a local folder with the pipeline of a registered model, its files checked; ValueError as ``load`` raises it."""
+    return _download(reference, settings)
 
 
 def _find_version(client: "MlflowClient", name: str, fingerprint: str) -> "ModelVersion | None":
     # a name that is not registered yet has no versions: an empty list
     for version in client.search_model_versions(f"name = '{name}'"):
-        if version.tags.get(_FINGERPRINT_TAG) == fingerprint and version.status == "READY":
+        if version.tags.get(FINGERPRINT_TAG) == fingerprint and version.status == "READY":
             found: ModelVersion = version
             return found
     return None
@@ -175,9 +131,7 @@ def _create_version(client: "MlflowClient", settings: Settings, model: ManifestR
     prefix = f"{PIPELINE_FOLDER}/"
     digests = {f.path.removeprefix(prefix): f.sha256 for f in manifest.files if f.path.startswith(prefix)}
     listing = json.dumps(digests, indent=2, sort_keys=True).encode()
-    run_id = _find_or_create_run(
-        client, settings, f"train-{model.fingerprint[:8]}", model.fingerprint, manifest.identity.config
-    )
+    run_id, _ = find_or_create_run(client, settings, f"train-{model.fingerprint[:8]}", model.fingerprint)
     with tempfile.TemporaryDirectory() as folder:
         pipeline = manifest.fetch_folder(PIPELINE_FOLDER, Path(folder))
         (pipeline / _DIGESTS_FILE).write_bytes(listing)
@@ -189,7 +143,7 @@ def _create_version(client: "MlflowClient", settings: Settings, model: ManifestR
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    tags = {_FINGERPRINT_TAG: model.fingerprint, _DIGEST_TAG: compute_digest(listing)}
+    tags = {FINGERPRINT_TAG: model.fingerprint, _DIGEST_TAG: compute_digest(listing)}
     tags |= {f"input.{role}": fingerprint for role, fingerprint in manifest.identity.inputs.items()}
     source = f"{client.get_run(run_id).info.artifact_uri}/{PIPELINE_FOLDER}"
     version: ModelVersion = client.create_model_version(name, source, run_id, tags=tags)

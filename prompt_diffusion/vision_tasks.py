@@ -1,8 +1,10 @@
-"""The six vision tasks as data: a condition and a direction; a seventh is one more row.
+"""The six vision tasks as data: a condition and a direction; a seventh is one more row, a user's own needs none.
 
 Source: Wang et al., arXiv 2305.01115, section 3 (the six tasks, and the text that goes with each direction).
 """
 
+import difflib
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,9 +58,35 @@ OTHER_VISION_TASKS: dict[str, VisionTask] = {
 """What the paper tries on a model that never trained on it; they can be trained on all the same."""
 
 
+CONDITION_PATTERN = r"^[a-z][a-z0-9_]*$"
+"""What a condition may be called."""
+_FORMS: tuple[tuple[str, Direction], ...] = (
+    (r"^([a-z][a-z0-9_]*)_to_image$", "map_to_image"),
+    (r"^image_to_([a-z][a-z0-9_]*)$", "image_to_map"),
+)
+_NEARNESS = 0.8  # the least likeness of two conditions' names at which one is taken for a mistyped other
+
+
 def find_vision_task(name: str) -> VisionTask:
-    """Return the vision task of that name; ValueError lists what there is."""
+    """Return the vision task of that name: a known one, or a user's own, whose text is always the caption of its target.
+
+    ``{condition}_to_image`` and ``image_to_{condition}`` name the vision tasks of a condition of the user's own, of which there
+    must be condition maps. ValueError for a name of another form, and for a condition that looks like a mistyped known one.
+    """
     known = VISION_TASKS | OTHER_VISION_TASKS
-    if name not in known:
-        raise ValueError(f"unknown vision task {name!r}: choose one of {', '.join(known)}")
-    return known[name]
+    if name in known:
+        return known[name]
+    for form, direction in _FORMS:
+        match = re.match(form, name)
+        if match is None or match[1] == "image":  # what the photograph is called
+            continue
+        condition = match[1]
+        conditions = {task.condition: task.name for task in known.values() if task.direction == direction}
+        near = difflib.get_close_matches(condition, conditions, n=1, cutoff=_NEARNESS)
+        if near:
+            raise ValueError(f"unknown vision task {name!r}: did you mean {conditions[near[0]]!r}?")
+        return VisionTask(name, condition, direction, None)
+    raise ValueError(
+        f"unknown vision task {name!r}: choose one of {', '.join(known)}, or for a condition of your own "
+        "CONDITION_to_image or image_to_CONDITION"
+    )

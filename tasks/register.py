@@ -20,8 +20,14 @@ HOUR_SECONDS = 3600
     retry_condition_fn=is_transient,
     timeout_seconds=HOUR_SECONDS,
 )
-def register(model: ManifestRef, cells: tuple[ManifestRef, ...] = ()) -> RegisteredModel:
-    """Make a trained model a version of the registered model, with what was measured of it; the same model is one version."""
+def register(model: ManifestRef, cells: tuple[ManifestRef, ...] = (), name: str | None = None) -> RegisteredModel:
+    """Make a trained model a version of the registered model, with what was measured of it; the same model is one version.
+
+    `name` stands for another registered model than the settings'.
+    """
     results = [result for result in map(read_cell, cells) if result.method == "Prompt Diffusion"]
     metrics = {f"{result.metric}/{result.vision_task}": result.value for result in results}
-    return register_model(model, load_settings(), metrics)
+    settings = load_settings()
+    if name is not None:
+        settings = settings.model_copy(update={"registered_model": name})
+    return register_model(model, settings, metrics)

@@ -11,8 +11,16 @@ from prefect.client.schemas.objects import State, TaskRun
 from prompt_diffusion.registry import RunTracker
 from prompt_diffusion.settings import load_settings
 from prompt_diffusion.store.manifest import ManifestRef, find_sealed
+from prompt_diffusion.tracking.facts import flatten
 from prompt_diffusion.training.config import TrainConfig, TrainResources
-from prompt_diffusion.training.encode import EncodeConfig, identify_encode, run_encode
+from prompt_diffusion.training.encode import (
+    EncodeConfig,
+    EncodeResources,
+    identify_encode,
+    identify_encode_text,
+    run_encode,
+    run_encode_text,
+)
 from prompt_diffusion.training.launch import TrainingStoppedError, launch_training
 from prompt_diffusion.training.stage import TrainInputs, identify_train
 from tasks.caching import DAY_SECONDS, build_stage_options, is_transient
@@ -27,9 +35,19 @@ _STOP_REQUESTED = threading.Event()
     task_run_name="encode {images.stage} {images.fingerprint:.8}",
     **build_stage_options(identify_encode, timeout_seconds=7 * DAY_SECONDS),
 )
-def encode(config: EncodeConfig, images: ManifestRef, store: str) -> ManifestRef:
+def encode(config: EncodeConfig, images: ManifestRef, store: str, resources: EncodeResources) -> ManifestRef:
     """Compute the latents of everything that can be a target."""
-    return run_encode(config, images, store, on_progress=log_progress("latents"))
+    return run_encode(config, images, store, resources, on_progress=log_progress("latents"))
+
+
+@task(
+    name="encode text",
+    task_run_name="encode text {pairs.fingerprint:.8}",
+    **build_stage_options(identify_encode_text, timeout_seconds=7 * DAY_SECONDS),
+)
+def encode_text(config: EncodeConfig, pairs: ManifestRef, store: str, resources: EncodeResources) -> ManifestRef:
+    """Compute the text embeddings of all captions."""
+    return run_encode_text(config, pairs, store, resources, on_progress=log_progress("text embeddings"))
 
 
 def can_go_on(stage: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
@@ -59,19 +77,23 @@ def train(config: TrainConfig, inputs: TrainInputs, store: str, resources: Train
     identity = identify_train(config, inputs)
     sealed = find_sealed(identity, store)
     if sealed is not None:
-        return sealed  # before a tracker is asked for, which loads MLflow
+        return sealed
     name = name_training(config)
-    tracker = RunTracker(load_settings(), name, identity.fingerprint, config.model_dump(mode="json"))
     log_event = log_training(name)
+    with RunTracker(
+        load_settings(), name, identity, flatten({"resources": resources.model_dump(mode="json")})
+    ) as tracker:
 
-    def report(event: dict[str, Any]) -> None:
-        if _STOP_REQUESTED.is_set():
-            raise TrainingStoppedError(f"{name} was stopped: run the same command to go on from its last checkpoint")
-        tracker.log_event(event)
-        log_event(event)
+        def report(event: dict[str, Any]) -> None:
+            if _STOP_REQUESTED.is_set():
+                raise TrainingStoppedError(
+                    f"{name} was stopped: run the same command to go on from its last checkpoint"
+                )
+            tracker.log_event(event)
+            log_event(event)
 
-    model = launch_training(config, inputs, store, resources, on_event=report)
-    tracker.finish(model)
+        model = launch_training(config, inputs, store, resources, on_event=report)
+        tracker.finish(model)
     return model
 
 

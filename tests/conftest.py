@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ import pytest
 
 if TYPE_CHECKING:
     from prompt_diffusion.store.manifest import ManifestRef
+    from prompt_diffusion.training.stage import TrainInputs
 
 _BUCKET = "tests"
 _START_TIMEOUT_SECONDS = 60
@@ -184,3 +185,23 @@ class SceneInputs:
     store: str
     pairs: "ManifestRef"
     maps: "dict[str, ManifestRef]"
+
+
+@pytest.fixture
+def train_refs() -> "Callable[..., TrainInputs]":
+    """Return what builds a training's inputs of references alone, to be identified and never read."""
+    from prompt_diffusion.store.manifest import ManifestRef
+    from prompt_diffusion.training.stage import TrainInputs
+
+    def build(conditions: Sequence[str], name: str = "data") -> "TrainInputs":
+        def ref(kind: str) -> ManifestRef:
+            return ManifestRef(uri=f"/store/{name}/{kind}", stage="x", fingerprint=f"{name}-{kind}", rows=1)
+
+        return TrainInputs(
+            pairs=ref("pairs"),
+            maps={condition: ref(f"map-{condition}") for condition in conditions},
+            latents={target: ref(f"latent-{target}") for target in ("image", *conditions)},
+            text=ref("text"),
+        )
+
+    return build

@@ -1,8 +1,8 @@
 import pytest
 
 from prompt_diffusion.presets import PRESET_NAMES, build_preset
-from prompt_diffusion.store.manifest import ManifestRef
-from prompt_diffusion.training.stage import TrainInputs, identify_train
+from prompt_diffusion.training.config import OptimizerConfig, TrainConfig
+from prompt_diffusion.training.stage import identify_train
 
 
 def list_leaves(content, path=()):
@@ -25,17 +25,8 @@ def change(value):
 
 
 @pytest.fixture
-def inputs():
-    def ref(name):
-        return ManifestRef(uri=f"/store/{name}", stage="x", fingerprint=name, rows=1)
-
-    conditions = ("depth", "hed", "seg")
-    return TrainInputs(
-        pairs=ref("pairs"),
-        maps={name: ref(f"map-{name}") for name in conditions},
-        latents={name: ref(f"latent-{name}") for name in ("image", *conditions)},
-        text=ref("text"),
-    )
+def inputs(train_refs):
+    return train_refs(("depth", "hed", "seg"))
 
 
 @pytest.mark.parametrize("name", PRESET_NAMES)
@@ -61,6 +52,18 @@ def test_paper_has_the_published_values():
         9.0,
     )
     assert build_preset("paper").ingest.image_size == 256
+    assert train.optimizer == OptimizerConfig()
+    assert (train.optimizer.name, train.optimizer.flat_fraction, train.optimizer.warmup_steps) == ("adamw", 1.0, 0)
+    assert (train.optimizer.clip_norm, train.optimizer.ema_decay, train.noise.min_snr_gamma) == (None, None, None)
+    assert train.image_to_map_examples == train.map_to_image_examples == {"same_group": 1.0}
+    assert train.controlnet is None
+    assert build_preset("paper").ingest.split_fractions == (0.90, 0.05, 0.05)
+
+
+def test_papers_one_departure_in_training_is_its_precision_and_a_field_takes_it_back():
+    plain = TrainConfig(base=build_preset("paper").train.base)
+    assert build_preset("paper").train == plain.model_copy(update={"precision": "bfloat16"})
+    assert build_preset("paper", {"train.precision": "float32"}).train == plain
 
 
 def test_every_scientific_field_of_a_training_moves_its_fingerprint(inputs):
@@ -136,7 +139,13 @@ def test_what_concerns_the_joint_training_alone_trains_no_baseline_again(change_
         ("demo", {"trian.batch_size": 3}, "unknown field 'trian.batch_size': did you mean 'train'"),
         ("demo", {"train.num_steps": 0}, "train.num_steps: Input should be greater than or equal to 1, got 0"),
         ("demo", {"train.optimizer.name": "sgd"}, "train.optimizer.name: Input should be 'adamw' or 'muon', got 'sgd'"),
-        ("demo", {"train.vision_tasks": ["image_to_xray"]}, "unknown vision task 'image_to_xray'"),
+        ("demo", {"train.vision_tasks": ["image2xray"]}, "unknown vision task 'image2xray'"),
+        ("demo", {"train.vision_tasks": ["image_to_depht"]}, "did you mean 'image_to_depth'"),
+        (
+            "demo",
+            {"baselines.controlnets": {"canny_to_image": "a/b"}},
+            "baselines.controlnets names canny_to_image; the vision tasks are depth_to_image",
+        ),
         ("demo", {"train.image_to_map_examples": {"same_row": 0.4}}, r"shares must sum to 1, they sum to 0\.4"),
         ("demo", {"annotate.7.condition": "hed"}, "unknown field 'annotate.7.condition'"),
     ],
@@ -150,3 +159,10 @@ def test_a_mistake_is_one_sentence_that_names_it(name, overrides, sentence):
 def test_the_base_is_changed_in_one_place():
     config = build_preset("demo", {"train.base": "somewhere/else"})
     assert config.encode.base == "somewhere/else"
+
+
+def test_a_baseline_starts_from_the_public_controlnet_of_its_vision_task_and_no_other_does(inputs):
+    public = {"depth_to_image": "lllyasviel/sd-controlnet-depth", "seg_to_image": "lllyasviel/sd-controlnet-seg"}
+    config = build_preset("demo", {"baselines.controlnets": public, "train.controlnet": "base"})
+    starts = {name: training.controlnet for name, training in config.baseline_trainings().items()}
+    assert starts == {name: public.get(name) for name in config.train.vision_tasks}

@@ -81,15 +81,21 @@ def test_a_version_carries_fingerprints_digests_and_metrics(model, settings, reg
     assert connect(settings).get_run(registered.run_id).data.metrics["rmse/image_to_depth"] == 0.5
 
 
-def test_the_tracker_goes_on_in_the_same_run(settings):
-    event = {"step": 1, "loss": 1.0, "gradient_norm": 2.0, "samples_per_second": 3.0, "losses": {"image_to_hed": 1.0}}
-    first = RunTracker(settings, "joint", "f" * 32, {"batch_size": 2})
-    first.log_event(event)
-    second = RunTracker(settings, "joint", "f" * 32, {"batch_size": 2})
-    second.log_event(event | {"step": 2, "loss": 0.5})
-    assert first.run_id == second.run_id
-    history = connect(settings).get_metric_history(first.run_id, "loss")
-    assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 0.5)]
+def test_registration_first_delivers_what_the_training_could_not(model, settings):
+    away = settings.model_copy(update={"tracking_uri": "http://127.0.0.1:1"})
+    identity = open_manifest(model.uri).identity
+    with RunTracker(away, "joint", identity) as tracker:
+        tracker.log_event({"step": 1, "num_steps": 1, "loss": 0.5, "losses": {"image_to_hed": 0.5}})
+        tracker.finish(model, limit_seconds=0.1)
+    assert tracker.outbox.path.exists()
+    run_id = register_model(model, settings).run_id
+    assert not tracker.outbox.path.exists()
+    run = connect(settings).get_run(run_id)
+    assert run.data.tags["fingerprint"] == model.fingerprint
+    assert [(p.step, p.value) for p in connect(settings).get_metric_history(run_id, "loss")] == [(1, 0.5)]
+    assert {"grid.png", "losses.parquet", "pipeline"} <= {
+        file.path for file in connect(settings).list_artifacts(run_id)
+    }
 
 
 def test_an_altered_file_is_refused_by_name(model, settings, registered):

@@ -4,8 +4,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from prompt_diffusion.annotators.base import Condition
 from prompt_diffusion.annotators.table import find_annotator
+from prompt_diffusion.vision_tasks import CONDITION_PATTERN
 
 EXACT = "exact"
 EXACT_VERSION = 1
@@ -16,8 +16,8 @@ class AnnotateConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    condition: Condition
-    """The kind of map."""
+    condition: str = Field(pattern=CONDITION_PATTERN)
+    """The kind of map: an annotator's, or with `exact` any that the pairs bring."""
     annotator: str = EXACT
     """A name in the table of annotators, or `exact`: the maps that the pairs bring with them."""
     resolution: Literal["training", "native"] = "training"

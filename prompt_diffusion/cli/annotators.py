@@ -11,7 +11,9 @@ from rich.table import Table
 
 from prompt_diffusion.cli.shared import StoreOption, say_errors
 
-weights_app = typer.Typer(help="The annotators' weights, and the store's own copies of them.", no_args_is_help=True)
+weights_app = typer.Typer(
+    help="Weights of annotators and bases, and the store's own copies of them.", no_args_is_help=True
+)
 annotators_app = typer.Typer(help="What makes condition maps.", no_args_is_help=True)
 
 FromOption = Annotated[
@@ -45,6 +47,31 @@ def mirror(
     for weights in dict.fromkeys(spec.weights for spec in specs if spec.weights is not None):
         file = mirror_weights(weights, join_uri(root, MIRROR), AnnotateResources(weights=place))
         print(f"{weights.file}  {len(file.data) / 1e6:.1f} MB  sha256 {compute_digest(file.data)}")
+
+
+@weights_app.command("mirror-base")
+@say_errors
+def mirror_base_command(
+    repository: Annotated[
+        str, typer.Argument(help="A hub's repository, NAME or NAME@REVISION: a base or a ControlNet.")
+    ],
+    store: StoreOption = None,
+    place: Annotated[
+        Path | None, typer.Option("--from", help="A folder that holds it, fetched elsewhere; default: the hub.")
+    ] = None,
+) -> None:
+    """Copy a base into the store, where trainings find it under the same name on machines that reach no hub.
+
+    Example: prompt-diffusion weights mirror-base stable-diffusion-v1-5/stable-diffusion-v1-5 --store s3://bucket/store
+    """
+    from prompt_diffusion.model.mirror import mirror_base
+    from prompt_diffusion.settings import load_settings
+    from prompt_diffusion.store.storage import check_writable
+
+    root = store or load_settings().store
+    check_writable(root)
+    for path, digest in mirror_base(repository, root, place).items():
+        print(f"{path}  sha256 {digest}")
 
 
 @annotators_app.command("list")

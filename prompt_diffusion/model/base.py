@@ -12,6 +12,15 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from prompt_diffusion.model.references import base_folder
 
+_PARTS: dict[str, Any] = {
+    "vae": AutoencoderKL,
+    "unet": UNet2DConditionModel,
+    "text_encoder": CLIPTextModel,
+    "tokenizer": CLIPTokenizer,
+    "scheduler": DDIMScheduler,
+}
+_NETWORKS = ("vae", "unet", "text_encoder")
+
 
 @dataclass(frozen=True)
 class Base:
@@ -43,7 +52,7 @@ class Base:
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """Write the parts as diffusers does, in safetensors of the given precision."""
-        for name in ("vae", "unet", "text_encoder"):
+        for name in _NETWORKS:
             part: Any = getattr(self, name)
             original = part.dtype
             part.to(dtype).save_pretrained(folder / name, safe_serialization=True)
@@ -53,28 +62,20 @@ class Base:
 
 
 def load_base(base: str) -> Base:
-    """Load a base in float32: ``demo-base``, a local folder in diffusers' layout, or a hub repository.
+    """Load a base in float32, from safetensors alone: ``demo-base``, a folder in diffusers' layout, or a hub's repository.
 
-    ValueError, in one sentence, where it can be found nowhere.
+    ValueError, in one sentence, where it can be found nowhere or lacks a part.
     """
     folder = base_folder(base)
-    source = str(folder) if folder else base
-    try:
-        parts: dict[str, Any] = {
-            name: kind.from_pretrained(source, subfolder=name)
-            for name, kind in (
-                ("vae", AutoencoderKL),
-                ("unet", UNet2DConditionModel),
-                ("text_encoder", CLIPTextModel),
-                ("tokenizer", CLIPTokenizer),
-                ("scheduler", DDIMScheduler),
-            )
-        }
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"base model {base!r} cannot be loaded ({str(error).splitlines()[0]}): name 'demo-base', a local folder in "
-            "diffusers' layout, or a repository of a hub that this machine can reach"
-        ) from error
-    for name in ("vae", "unet", "text_encoder"):
+    parts: dict[str, Any] = {}
+    for name, kind in _PARTS.items():
+        weights = {"use_safetensors": True} if name in _NETWORKS else {}
+        try:
+            parts[name] = kind.from_pretrained(folder / name, **weights)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"base {base!r} has no {name} that can be loaded ({str(error).splitlines()[0]})"
+            ) from error
+    for name in _NETWORKS:
         parts[name] = parts[name].float().eval().requires_grad_(False)
     return Base(**parts)

@@ -3,6 +3,9 @@
 Letters: the paper's image1 and image2 are the example source and example target, image3 is the query.
 """
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Self
 
 from diffusers import ControlNetModel, UNet2DConditionModel
@@ -14,6 +17,8 @@ from torch import Tensor, nn
 PUBLISHED_STEM_CHANNELS = (16, 32, 96, 256)
 EXAMPLE_PAIR_CHANNELS = 6
 QUERY_CHANNELS = 3
+# what decides whether a trunk's residuals fit a UNet
+_ARCHITECTURE = ("in_channels", "block_out_channels", "down_block_types", "layers_per_block", "cross_attention_dim")
 
 
 class PromptDiffusionControlNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -35,7 +40,13 @@ class PromptDiffusionControlNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         trunk_config: dict[str, Any],
         stem_channels: tuple[int, ...] = PUBLISHED_STEM_CHANNELS,
         example_pair: bool = True,
+        unit_query: bool = False,
     ) -> None:
+        """Build a fresh one; ``unit_query``: the query stem was trained on images in [0, 1], as public ControlNets are.
+
+        Folding the change of range into the stem's first convolution would not do: its zero padding means black in one range
+        and mid-grey in the other. So the query is brought to [0, 1] before the stem, which is exact at the borders too.
+        """
         super().__init__()
         self.trunk = ControlNetModel(**trunk_config)
         # The stems are computed once an image, outside the denoising loop, so what enters here are features.
@@ -57,8 +68,26 @@ class PromptDiffusionControlNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         trunk = ControlNetModel.from_unet(unet)
         config = {name: value for name, value in trunk.config.items() if not name.startswith("_")}
         model: Self = cls(trunk_config=config, stem_channels=tuple(stem_channels), example_pair=example_pair)
-        weights = {k: v for k, v in trunk.state_dict().items() if not k.startswith("controlnet_cond_embedding.")}
-        model.trunk.load_state_dict(weights)
+        model.trunk.load_state_dict(_without(trunk.state_dict(), "controlnet_cond_embedding."))
+        return model
+
+    @classmethod
+    def from_controlnet(cls, source: ControlNetModel, example_pair: bool = True) -> Self:
+        """Build one that does to the query what a diffusers ControlNet does, its example stem fresh and silent."""
+        config = {name: value for name, value in source.config.items() if not name.startswith("_")}
+        # the stem's own business, and the trunk would turn around the channels of features
+        is_bgr = config["controlnet_conditioning_channel_order"] == "bgr"
+        model: Self = cls(
+            trunk_config=config | {"controlnet_conditioning_channel_order": "rgb"},
+            stem_channels=tuple(config["conditioning_embedding_out_channels"]),
+            example_pair=example_pair,
+            unit_query=True,
+        )
+        stem = source.controlnet_cond_embedding.state_dict()
+        if is_bgr:
+            stem["conv_in.weight"] = stem["conv_in.weight"].flip(1)
+        model.query_stem.load_state_dict(stem)
+        model.trunk.load_state_dict(_without(source.state_dict(), "controlnet_cond_embedding."))
         return model
 
     @property
@@ -72,7 +101,7 @@ class PromptDiffusionControlNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         ``example_pair`` is N, 6, H, W (source, then target) and ``query`` N, 3, H, W, both in [-1, 1]. ``None`` stands for a
         mid-grey pair (zeros), what the model sees in training where the pair is dropped.
         """
-        features: Tensor = self.query_stem(query)
+        features: Tensor = self.query_stem((query + 1.0) / 2.0 if self.config["unit_query"] else query)
         if self.example_stem is None:
             if example_pair is not None:
                 raise ValueError("this model has no example stem: it takes a query alone (example_pair=None)")
@@ -104,6 +133,58 @@ class PromptDiffusionControlNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
             return_dict=False,
         )
         return down, middle
+
+
+def load_controlnet(folder: Path, example_pair: bool) -> PromptDiffusionControlNet:
+    """Load a ControlNet to start from, in float32: one of ours, or diffusers' own as ``from_controlnet`` takes it.
+
+    The example stem is fresh where the folder has none, and left away where ``example_pair`` is False. ValueError where the
+    folder holds neither.
+    """
+    try:
+        kind = json.loads((folder / "config.json").read_bytes()).get("_class_name")
+        if kind == "ControlNetModel":
+            source = ControlNetModel.from_pretrained(folder, use_safetensors=True).float()
+            public: PromptDiffusionControlNet = PromptDiffusionControlNet.from_controlnet(source, example_pair)
+            return public
+        if kind != "PromptDiffusionControlNet":
+            raise ValueError(f"it holds {kind!r}, not 'ControlNetModel' or 'PromptDiffusionControlNet'")
+        found: PromptDiffusionControlNet = PromptDiffusionControlNet.from_pretrained(
+            folder, use_safetensors=True
+        ).float()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no ControlNet can be loaded from {folder} ({str(error).splitlines()[0]})") from error
+    if found.uses_example_pair == example_pair:
+        return found
+    names = ("trunk_config", "stem_channels", "unit_query")
+    kept = {name: found.config[name] for name in names}
+    model: PromptDiffusionControlNet = PromptDiffusionControlNet(**kept, example_pair=example_pair)
+    model.load_state_dict(_without(found.state_dict(), "example_stem."), strict=False)
+    return model
+
+
+def check_controlnet(
+    controlnet: PromptDiffusionControlNet, unet: UNet2DConditionModel, stem_channels: Sequence[int]
+) -> None:
+    """Raise ValueError, with both values, where a ControlNet does not fit the base's UNet or the recipe's stems."""
+    trunk = controlnet.trunk.config
+    for name in _ARCHITECTURE:
+        ours, theirs = (_as_tuple(config[name]) for config in (trunk, unet.config))
+        if ours != theirs:
+            raise ValueError(f"the ControlNet to start from has {name} {ours}, but the base's UNet has {theirs}")
+    if tuple(controlnet.config["stem_channels"]) != tuple(stem_channels):
+        raise ValueError(
+            f"the ControlNet to start from has stem channels {tuple(controlnet.config['stem_channels'])}, but the recipe's "
+            f"stem_channels are {tuple(stem_channels)}"
+        )
+
+
+def _as_tuple(value: Any) -> Any:  # noqa: ANN401 - any value of a configuration
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _without(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name: value for name, value in weights.items() if not name.startswith(prefix)}
 
 
 def trained_unet_parameters(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
@@ -140,6 +221,8 @@ def predict_noise(
 __all__ = [
     "PUBLISHED_STEM_CHANNELS",
     "PromptDiffusionControlNet",
+    "check_controlnet",
+    "load_controlnet",
     "predict_noise",
     "trained_unet_parameters",
 ]

@@ -76,10 +76,12 @@ class TrainConfig(_Frozen):
     """The recipe of one training; the defaults are the published facts (see ``presets.paper`` for their sources)."""
 
     base: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    """Base model: ``demo-base``, a folder, a hub repository, or a registered model (``models:/name@alias``)."""
+    """Base model: ``demo-base``, a folder in diffusers' layout, a hub's repository (``name`` or ``name@revision``), or a
+    registered model (``models:/name/3``; an alias may point to another model when the run is repeated)."""
     controlnet: str | None = None
     """ControlNet to start from: None copies the UNet's encoder, as published; ``base`` takes the one that stands beside the
-    base (a pipeline trained here); else a folder or hub repository in diffusers' layout: its trunk and query stem are taken."""
+    base (a model trained here, to go on with); else a folder or a hub's repository of a diffusers ControlNetModel, whose
+    trunk and query stem are taken. The example stem is new where there is none."""
     method: Literal["prompt_diffusion", "controlnet"] = "prompt_diffusion"
     """Prompt Diffusion, or the task-specific baseline CN(FT): the same loop with the query alone."""
     vision_tasks: tuple[str, ...] = tuple(VISION_TASKS)

@@ -63,7 +63,7 @@ def identify_encode(config: EncodeConfig, images: ManifestRef) -> StageIdentity:
         stage="encode",
         version=VERSION,
         config={},
-        inputs={"base": base_digest(config.base), "images": images.fingerprint},
+        inputs={"base": base_digest(config.base, ("vae",)), "images": images.fingerprint},
     )
 
 
@@ -96,7 +96,7 @@ def identify_encode_text(config: EncodeConfig, pairs: ManifestRef) -> StageIdent
         stage="encode-text",
         version=TEXT_VERSION,
         config={},
-        inputs={"base": base_digest(config.base), "pairs": pairs.fingerprint},
+        inputs={"base": base_digest(config.base, ("text_encoder", "tokenizer")), "pairs": pairs.fingerprint},
     )
 
 
@@ -107,7 +107,7 @@ def run_encode_text(
     resources: EncodeResources = _DEFAULT_RESOURCES,
     on_progress: OnProgress | None = None,
 ) -> ManifestRef:
-    """Seal ``caption`` and ``embedding`` (L, C) of the edited captions: a shard each shard of the pairs, of its distinct ones."""
+    """Seal ``caption`` and ``embedding`` (L, C) of the edited captions: a shard each of the pairs', of its distinct ones."""
     manifest = open_manifest(pairs.uri)
     base = _load_when_needed(config, resources)
 

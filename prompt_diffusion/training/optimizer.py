@@ -115,22 +115,31 @@ def build_optimizers(
     ``adamw``: one AdamW over everything. ``muon``: Muon for weights of two or more dimensions, AdamW for the rest
     (biases, normalisations, embeddings).
     """
-    betas = (config.beta1, config.beta2)
-    if config.name == "adamw":
-        optimizers: list[Optimizer] = [
-            AdamW(parameters.values(), lr=config.learning_rate, betas=betas, weight_decay=config.weight_decay)
-        ]
-    else:
-        matrices = {name: p for name, p in parameters.items() if p.ndim >= 2 and not is_embedding(name)}
-        rest = [p for name, p in parameters.items() if name not in matrices]
-        optimizers = [
-            Muon(matrices.values(), lr=config.muon_learning_rate, weight_decay=config.weight_decay, world=world),
-            AdamW(rest, lr=config.learning_rate, betas=betas, weight_decay=config.weight_decay),
-        ]
+    matrices, rest = split_parameters(parameters, config)
+    betas, decay = (config.beta1, config.beta2), config.weight_decay
+    optimizers: list[Optimizer] = []
+    if matrices:
+        optimizers.append(Muon(matrices, lr=config.muon_learning_rate, weight_decay=decay, world=world))
+    if rest:
+        optimizers.append(AdamW(rest, lr=config.learning_rate, betas=betas, weight_decay=decay, fused=True))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
     return optimizers
+
+
+def split_parameters(parameters: Mapping[str, Tensor], config: OptimizerConfig) -> tuple[list[Tensor], list[Tensor]]:
+    """Return what a recipe gives to Muon and what it gives to AdamW."""
+    matrices = {name: p for name, p in parameters.items() if p.ndim >= 2 and not is_embedding(name)}
+    if config.name == "adamw":
+        matrices = {}
+    return list(matrices.values()), [p for name, p in parameters.items() if name not in matrices]
+
+
+def estimate_state_bytes(parameters: Mapping[str, Tensor], config: OptimizerConfig) -> int:
+    """Return the bytes of the optimizers' state: one tensor a weight of Muon's, two a weight of AdamW's."""
+    matrices, rest = split_parameters(parameters, config)
+    return sum(p.nbytes for p in matrices) + 2 * sum(p.nbytes for p in rest)
 
 
 def is_embedding(name: str) -> bool:

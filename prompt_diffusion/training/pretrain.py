@@ -15,7 +15,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from prompt_diffusion.data.transforms import from_model_range, to_model_range
 from prompt_diffusion.model.base import Base
 from prompt_diffusion.training.config import TrainResources
-from prompt_diffusion.training.loop import LoopPlan, OnStep, run_loop
+from prompt_diffusion.training.loop import run_loop
+from prompt_diffusion.training.plan import LoopPlan, OnStep
 from prompt_diffusion.training.pretrain_config import PretrainConfig
 from prompt_diffusion.training.pretrain_objectives import (
     IMAGE,
@@ -156,8 +157,8 @@ def compute_denoising_loss(
         config.seed,
         text_dropout=0.0,
     )
-    batches = range(0, len(images), _ENCODE_BATCH)
-    losses = [objective.compute_losses(range(i, min(i + _ENCODE_BATCH, len(images))))[0] for i in batches]
+    batches = [range(len(images))[start : start + _ENCODE_BATCH] for start in range(0, len(images), _ENCODE_BATCH)]
+    losses = [objective.compute_losses(objective.prepare(indices))[0] for indices in batches]
     return float(torch.cat(losses).mean())
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name torch's own documentation uses
 from transformers import CLIPTextModel
 
-from prompt_diffusion.data.sampler import row_at, sample_generator
+from prompt_diffusion.data.sampler import RowOrder, sample_generator
 from prompt_diffusion.data.transforms import to_model_range
 from prompt_diffusion.training.config import NoiseConfig
 from prompt_diffusion.training.samples import draw_timestep, sample_noise
@@ -34,7 +34,35 @@ class Pictures:
         """Return kind and row of a stream's sample, and the generator for what else is random in it."""
         generator = sample_generator(seed, index)
         kind = str(generator.choice(list(self.shares), p=list(self.shares.values())))
-        return kind, row_at(seed, index, len(self.captions)), generator
+        return kind, RowOrder(seed, (len(self.captions),)).row_at(index), generator
+
+
+@dataclass(frozen=True)
+class PictureBatch:
+    """A micro-batch of the autoencoder."""
+
+    images: Tensor
+    """N, 3, H, W in [-1, 1]."""
+    noise: Tensor
+    """N, C, h, w: what the posterior is sampled with."""
+    labels: list[int]
+    """The kind of each picture."""
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """A micro-batch of the UNet and text encoder."""
+
+    latents: Tensor
+    """N, C, h, w."""
+    noise: Tensor
+    """N, C, h, w."""
+    timesteps: Tensor
+    """N."""
+    tokens: Tensor
+    """N, L."""
+    labels: list[int]
+    """The kind of each picture."""
 
 
 class AutoencoderObjective:
@@ -51,8 +79,8 @@ class AutoencoderObjective:
         self.cropped_until = int(num_samples * crop_fraction)
         self.labels = tuple(pictures.shares)
 
-    def compute_losses(self, indices: range) -> tuple[Tensor, list[int]]:
-        """Return one loss a sample, and the kind of picture it was."""
+    def prepare(self, indices: range) -> PictureBatch:
+        """Draw, cut and stack the pictures."""
         images, labels, noises = [], [], []
         for index in indices:
             kind, row, generator = self.pictures.draw(self.seed, index)
@@ -63,12 +91,16 @@ class AutoencoderObjective:
             labels.append(self.labels.index(kind))
             latent = size // 2 ** (len(self.vae.config["block_out_channels"]) - 1)
             noises.append(sample_noise(generator, (self.vae.config["latent_channels"], latent, latent)))
-        target = to_model_range(np.stack(images))
+        return PictureBatch(to_model_range(np.stack(images)), torch.stack(noises), labels)
+
+    def compute_losses(self, batch: PictureBatch) -> tuple[Tensor, list[int]]:
+        """Return one loss a sample, and the kind of picture it was."""
+        target = batch.images
         posterior = self.vae.encode(target).latent_dist
-        output = self.vae.decode(posterior.mean + posterior.std * torch.stack(noises)).sample
+        output = self.vae.decode(posterior.mean + posterior.std * batch.noise).sample
         pixels = _mean((output - target).abs()) + _mean((output - target).square())
         edges = sum(_mean((output.diff(dim=axis) - target.diff(dim=axis)).abs()) for axis in (2, 3))
-        return pixels + 0.5 * edges + 1e-4 * posterior.kl() / posterior.mean[0].numel(), labels
+        return pixels + 0.5 * edges + 1e-4 * posterior.kl() / posterior.mean[0].numel(), batch.labels
 
 
 class TextToImageObjective:
@@ -92,8 +124,8 @@ class TextToImageObjective:
         self.pictures, self.noise, self.seed, self.text_dropout = pictures, noise, seed, text_dropout
         self.labels = tuple(pictures.shares)
 
-    def compute_losses(self, indices: range) -> tuple[Tensor, list[int]]:
-        """Return one loss a sample, and the kind of picture it was."""
+    def prepare(self, indices: range) -> LatentBatch:
+        """Draw and stack what the network is shown."""
         clean, noises, timesteps, tokens, labels = [], [], [], [], []
         for index in indices:
             kind, row, generator = self.pictures.draw(self.seed, index)
@@ -103,11 +135,17 @@ class TextToImageObjective:
             timesteps.append(draw_timestep(generator, self.noise, self.scheduler.config["num_train_timesteps"]))
             noises.append(sample_noise(generator, clean[-1].shape))
             labels.append(self.labels.index(kind))
-        latents, noise, steps = torch.stack(clean), torch.stack(noises), torch.tensor(timesteps)
-        text = self.text_encoder(torch.stack(tokens)).last_hidden_state
-        prediction = self.unet(self.scheduler.add_noise(latents, noise, steps), steps, text).sample
-        target = self.scheduler.get_velocity(latents, noise, steps)
-        return _mean((prediction - target).square()), labels
+        return LatentBatch(
+            torch.stack(clean), torch.stack(noises), torch.tensor(timesteps), torch.stack(tokens), labels
+        )
+
+    def compute_losses(self, batch: LatentBatch) -> tuple[Tensor, list[int]]:
+        """Return one loss a sample, and the kind of picture it was."""
+        text = self.text_encoder(batch.tokens).last_hidden_state
+        noisy = self.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+        prediction = self.unet(noisy, batch.timesteps, text).sample
+        target = self.scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
+        return _mean((prediction - target).square()), batch.labels
 
 
 def _mean(values: Tensor) -> Tensor:

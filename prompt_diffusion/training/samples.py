@@ -167,8 +167,9 @@ def open_training_data(
     config: TrainConfig, inputs: TrainInputs, cache: ShardCache, split: Split
 ) -> dict[str, TrainingData]:
     """Return what each vision task of a recipe is read from."""
-    data = TrainingData(inputs.narrow(config.vision_tasks), cache, config.seed, split)
-    return dict.fromkeys(config.vision_tasks, data)
+    used = inputs.narrow(config.vision_tasks)
+    datasets = [TrainingData(each, cache, config.seed, split) for each in used.datasets]
+    return {name: datasets[used.find_dataset(name)] for name in config.vision_tasks}
 
 
 class BatchMaker:

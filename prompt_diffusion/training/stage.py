@@ -1,14 +1,14 @@
 """What stage ``train`` is a function of; imports no torch, so that a run can be planned fast."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from pydantic import BaseModel, ConfigDict
 
-from prompt_diffusion.model.references import base_digest
+from prompt_diffusion.model.references import base_digest, controlnet_digest
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import ManifestRef
 from prompt_diffusion.training.config import TrainConfig
-from prompt_diffusion.vision_tasks import find_vision_task
+from prompt_diffusion.vision_tasks import VisionTask, find_vision_task
 
 VERSION = 2
 PIPELINE_FOLDER = "pipeline"
@@ -16,7 +16,7 @@ IMAGE_TARGET = "image"
 
 
 class TrainInputs(BaseModel):
-    """The sealed manifests that a training reads."""
+    """The sealed manifests that a training reads: one dataset, or several."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -28,16 +28,42 @@ class TrainInputs(BaseModel):
     """Latents of the edited side, by target: ``image`` or a condition."""
     text: ManifestRef
     """Text embeddings of the pairs' edited captions."""
+    others: tuple["TrainInputs", ...] = ()
+    """Further datasets, each whole: a vision task is read from the first dataset that has its condition maps."""
+
+    @property
+    def datasets(self) -> tuple["TrainInputs", ...]:
+        """Every dataset alone, in order."""
+        return (self.model_copy(update={"others": ()}), *self.others)
+
+    def find_dataset(self, vision_task: str) -> int:
+        """Return the position, in ``datasets``, of the one that a vision task is read from; ValueError where none has it."""
+        condition = find_vision_task(vision_task).condition
+        for position, dataset in enumerate(self.datasets):
+            if condition in dataset.maps:
+                return position
+        there = ", ".join(name for dataset in self.datasets for name in dataset.maps)
+        raise ValueError(
+            f"vision task {vision_task!r} needs condition maps of {condition}; there are {there or 'none'}"
+        )
 
     def narrow(self, vision_tasks: Iterable[str]) -> "TrainInputs":
-        """Keep what those vision tasks read; ValueError names what is not there."""
-        tasks = [find_vision_task(name) for name in vision_tasks]
+        """Keep what those vision tasks read, of each dataset that one of them reads; ValueError names what is not there."""
+        tasks: dict[int, list[VisionTask]] = {}
+        for name in vision_tasks:
+            tasks.setdefault(self.find_dataset(name), []).append(find_vision_task(name))
+        first, *others = (self.datasets[position]._keep(tasks[position]) for position in sorted(tasks))
+        return first.model_copy(update={"others": tuple(others)})
+
+    def _keep(self, tasks: Iterable[VisionTask]) -> "TrainInputs":
+        """Keep what vision tasks read of this one dataset, which has their condition maps."""
         maps = sorted({task.condition for task in tasks})
         latents = sorted({task.target_condition or IMAGE_TARGET for task in tasks})
-        for kind, wanted, there in (("condition maps", maps, self.maps), ("latents", latents, self.latents)):
-            missing = [name for name in wanted if name not in there]
-            if missing:
-                raise ValueError(f"the vision tasks need {kind} of {', '.join(missing)}; there are {', '.join(there)}")
+        missing = [name for name in latents if name not in self.latents]
+        if missing:
+            raise ValueError(
+                f"the vision tasks need latents of {', '.join(missing)}; there are {', '.join(self.latents) or 'none'}"
+            )
         return TrainInputs(
             pairs=self.pairs,
             maps={name: self.maps[name] for name in maps},
@@ -47,17 +73,31 @@ class TrainInputs(BaseModel):
 
 
 def identify_train(config: TrainConfig, inputs: TrainInputs) -> StageIdentity:
-    """Return the identity of a training: its recipe, its base, and only those inputs that its vision tasks read."""
-    used = inputs.narrow(config.vision_tasks)
+    """Return the identity of a training: its recipe, what it starts from, and those inputs that its vision tasks read.
+
+    The base and the ControlNet enter by their content, never by the place or name that they are found under.
+    """
+    used = {"base": base_digest(config.base)}
+    if config.controlnet is not None:
+        used["controlnet"] = controlnet_digest(config.controlnet, config.base)
+    for position, dataset in enumerate(inputs.narrow(config.vision_tasks).datasets):
+        used |= {_name_role(position, role): ref.fingerprint for role, ref in _list_roles(dataset)}
     return StageIdentity(
         stage="train",
         version=VERSION,
-        config=config.model_dump(mode="json"),
-        inputs={
-            "base": base_digest(config.base),
-            "pairs": used.pairs.fingerprint,
-            "text": used.text.fingerprint,
-            **{f"maps/{name}": ref.fingerprint for name, ref in used.maps.items()},
-            **{f"latents/{name}": ref.fingerprint for name, ref in used.latents.items()},
-        },
+        config=config.model_dump(mode="json", exclude={"base", "controlnet"}),
+        inputs=used,
     )
+
+
+def _list_roles(dataset: TrainInputs) -> Iterator[tuple[str, ManifestRef]]:
+    yield "pairs", dataset.pairs
+    yield "text", dataset.text
+    for kind in ("maps", "latents"):
+        for name, ref in getattr(dataset, kind).items():
+            yield f"{kind}/{name}", ref
+
+
+def _name_role(position: int, role: str) -> str:
+    """Name an input of a dataset: the first one's plainly, as where there is no other."""
+    return role if position == 0 else f"dataset-{position + 1}/{role}"

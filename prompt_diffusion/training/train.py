@@ -14,8 +14,14 @@ from torch import Tensor
 
 from prompt_diffusion.data.shard_cache import ShardCache
 from prompt_diffusion.model.base import Base, load_base
-from prompt_diffusion.model.controlnet import PromptDiffusionControlNet, trained_unet_parameters
+from prompt_diffusion.model.controlnet import (
+    PromptDiffusionControlNet,
+    check_controlnet,
+    load_controlnet,
+    trained_unet_parameters,
+)
 from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
+from prompt_diffusion.model.references import controlnet_folder
 from prompt_diffusion.store.manifest import (
     ManifestRef,
     StoredFile,
@@ -27,8 +33,9 @@ from prompt_diffusion.store.manifest import (
 from prompt_diffusion.store.storage import join_uri
 from prompt_diffusion.training.checkpoint import Progress
 from prompt_diffusion.training.config import TrainConfig, TrainResources
-from prompt_diffusion.training.loop import LoopPlan, OnStep, run_loop
+from prompt_diffusion.training.loop import run_loop
 from prompt_diffusion.training.loss import InContextObjective, check_recipe
+from prompt_diffusion.training.plan import LoopPlan, OnStep
 from prompt_diffusion.training.samples import open_training_data
 from prompt_diffusion.training.stage import PIPELINE_FOLDER, TrainInputs, identify_train
 from prompt_diffusion.training.validation import Validation
@@ -80,7 +87,7 @@ def run_train(
         validation.close()
     if not world.is_main:
         return None
-    grid = validation.render_grid()
+    grid = validation.render_grid(progress.step)
     pipeline = PromptDiffusionPipeline.from_parts(base, controlnet.eval()).to(
         "cpu", memory_format=torch.contiguous_format
     )
@@ -98,12 +105,20 @@ def run_train(
 
 
 def build_controlnet(config: TrainConfig, base: Base) -> PromptDiffusionControlNet:
-    """Build the ControlNet of a recipe: the trunk from the base's encoder, fresh stems from the recipe's seed."""
+    """Build the ControlNet of a recipe: from the base's encoder or the one that it names; what is new from the recipe's seed.
+
+    ValueError, with both values, where the one that it names does not fit the base or the recipe.
+    """
+    example_pair = config.method == "prompt_diffusion"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        controlnet: PromptDiffusionControlNet = PromptDiffusionControlNet.from_unet(
-            base.unet, config.stem_channels, example_pair=config.method == "prompt_diffusion"
-        )
+        if config.controlnet is None:
+            controlnet: PromptDiffusionControlNet = PromptDiffusionControlNet.from_unet(
+                base.unet, config.stem_channels, example_pair
+            )
+            return controlnet
+        controlnet = load_controlnet(controlnet_folder(config.controlnet, config.base), example_pair)
+    check_controlnet(controlnet, base.unet, config.stem_channels)
     return controlnet
 
 

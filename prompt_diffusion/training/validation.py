@@ -35,14 +35,16 @@ class Validation:
         self.config, self.base, self.controlnet, self.data = config, base, controlnet, data
         self.device, self.uri, self.on_event = device, uri, on_event
         self.objective = InContextObjective(config, base, controlnet, data, device)
+        self._grids: dict[int, bytes] = {}
 
     def __call__(self, step: int) -> float:
         """Return the mean loss of the fixed samples; write the grid and tell where it is."""
         loss = self.compute_loss()
-        grid = join_uri(self.uri, "validation", f"step-{step:08d}.png")
-        write_bytes(grid, self.render_grid())
+        self._grids = {step: self.render_grid(step)}
+        uri = join_uri(self.uri, "validation", f"step-{step:08d}.png")
+        write_bytes(uri, self._grids[step])
         if self.on_event is not None:
-            self.on_event({"step": step, "num_steps": self.config.num_steps, "grid_uri": grid})
+            self.on_event({"step": step, "num_steps": self.config.num_steps, "grid_uri": uri})
         return loss
 
     @torch.no_grad()
@@ -52,8 +54,10 @@ class Validation:
         batches = (self.objective.prepare(range(start, start + _SAMPLES_AT_ONCE)) for start in starts)
         return float(torch.cat([self.objective.compute_losses(batch)[0] for batch in batches]).mean())
 
-    def render_grid(self) -> bytes:
-        """Return the grid as PNG."""
+    def render_grid(self, step: int) -> bytes:
+        """Return the grid at a step as PNG: the one that was just made, where the last validation was there."""
+        if step in self._grids:
+            return self._grids[step]
         was_training = self.controlnet.training
         pipeline = PromptDiffusionPipeline.from_parts(self.base, self.controlnet.eval())
         try:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 CPU = torch.device("cpu")
+_BUCKET_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,57 @@ class World:
             dist.all_reduce(tensor)
 
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Replace every gradient by its sum over all processes, in one message."""
+        """Replace every gradient by its sum over all processes, in messages of ``_BUCKET_BYTES`` at most.
+
+        A gradient that is larger goes alone, as it lies. While one message travels, the next is packed.
+        """
         if self.size == 1:
             return
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
+        travelling: _Message | None = None
+        for gradients in _fill_buckets([p.grad for p in parameters if p.grad is not None]):
+            message = _Message(gradients)
+            if travelling is not None:
+                travelling.unpack()
+            travelling = message
+        if travelling is not None:
+            travelling.unpack()
+
+    def wait_for_all(self) -> None:
+        """Return once every process has come here."""
+        self.sum_in_place(torch.zeros(1))
+
+
+class _Message:
+    """Gradients on their way to their sum."""
+
+    def __init__(self, gradients: list[Tensor]) -> None:
+        alone = len(gradients) == 1 and gradients[0].is_contiguous()
+        self.gradients = [] if alone else gradients
+        self.flat = gradients[0] if alone else torch.cat([gradient.flatten() for gradient in gradients])
+        self.work = dist.all_reduce(self.flat, async_op=True)
+
+    def unpack(self) -> None:
+        """Wait for the sum and put it where the gradients were."""
+        assert self.work is not None
+        self.work.wait()
         offset = 0
-        for gradient in gradients:
-            gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
+        for gradient in self.gradients:
+            gradient.copy_(self.flat[offset : offset + gradient.numel()].view_as(gradient))
             offset += gradient.numel()
+
+
+def _fill_buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the gradients in order, as many at a time as ``_BUCKET_BYTES`` hold, one at least."""
+    bucket: list[Tensor] = []
+    room = _BUCKET_BYTES
+    for gradient in gradients:
+        if bucket and gradient.nbytes > room:
+            yield bucket
+            bucket, room = [], _BUCKET_BYTES
+        bucket.append(gradient)
+        room -= gradient.nbytes
+    if bucket:
+        yield bucket
 
 
 ALONE = World()
@@ -61,8 +103,11 @@ def join_world(device: str, threads: int) -> Iterator[World]:
     torch.set_num_threads(threads)
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     if size > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        # sums of numbers that the CPU holds go by gloo in either case
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield World(rank, size, chosen)
     finally:

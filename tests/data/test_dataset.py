@@ -67,7 +67,7 @@ def test_maps_that_are_not_aligned_are_refused(scene_inputs, tmp_path):
     store = str(tmp_path)
     other = run_ingest(IngestConfig(source=ScenesConfig(num_groups=3), image_size=32), store)
     depth = run_annotate(AnnotateConfig(condition="depth"), other, store, AnnotateResources())
-    with pytest.raises(ValueError, match="is not aligned with .*: it was made of other pairs"):
+    with pytest.raises(ValueError, match=r"is not aligned with .*: it was made of other pairs"):
         InContextData(open_manifest(scene_inputs.pairs.uri), {"depth": open_manifest(depth.uri)}, "train")
 
 

@@ -14,12 +14,16 @@ DEPLOYMENTS = {
     "annotate/six-task",
     "train/six-task",
     "train/controlnet-baselines",
+    "train/custom",
     "evaluate/nightly",
     "benchmark/paper-table",
     "reproduce/demo",
     "reproduce/paper",
     "pretrain/demo-base",
 }
+
+# What nobody can guess: a user's own pairs.
+REQUIRED = {"train/custom": ["folder", "condition"]}
 
 # Children of children of children: seconds on an idle machine, minutes on a busy one.
 pytestmark = [pytest.mark.timeout(1200), pytest.mark.usefixtures("deployments")]
@@ -61,4 +65,4 @@ def test_the_parameters_form_says_what_every_field_means(name: str) -> None:
     assert deployment.description
     assert form["properties"]
     assert [field for field, schema in form["properties"].items() if not schema.get("description")] == []
-    assert form.get("required", []) == []
+    assert form.get("required", []) == REQUIRED.get(name, [])

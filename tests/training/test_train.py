@@ -1,3 +1,4 @@
+import dataclasses
 import io
 
 import numpy as np
@@ -5,52 +6,53 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from prompt_diffusion.data.dataset import InContextData
+from prompt_diffusion.data.shard_cache import ShardCache
 from prompt_diffusion.model.base import load_base
 from prompt_diffusion.model.pipeline import load_pipeline
 from prompt_diffusion.store.manifest import open_manifest
+from prompt_diffusion.store.storage import read_bytes
 from prompt_diffusion.training.config import TrainConfig, TrainResources
 from prompt_diffusion.training.launch import launch_training
-from prompt_diffusion.training.loss import InContextObjective, draw_sample
+from prompt_diffusion.training.loss import InContextObjective
+from prompt_diffusion.training.samples import draw_sample, open_training_data
 from prompt_diffusion.training.stage import identify_train
-from prompt_diffusion.training.train import build_controlnet, read_targets, run_train, select_parameters
+from prompt_diffusion.training.train import build_controlnet, run_train, select_parameters
 from prompt_diffusion.training.world import World
 
 
 @pytest.fixture(scope="module")
-def data(train_inputs):
-    maps = {name: open_manifest(ref.uri) for name, ref in train_inputs.maps.items()}
-    return InContextData(open_manifest(train_inputs.pairs.uri), maps, "train")
+def data(train_inputs, tiny_config):
+    return open_training_data(tiny_config, train_inputs, ShardCache(), "train")
 
 
-def build_objective(config, inputs, data):
+def build_objective(config, data):
     base = load_base(config.base)
     controlnet = build_controlnet(config, base)
     parameters = select_parameters(config, base, controlnet)
     return (
-        InContextObjective(config, base, controlnet, data, read_targets(inputs, data), torch.device("cpu")),
+        InContextObjective(config, base, controlnet, data, torch.device("cpu")),
         parameters,
         base,
     )
 
 
-def test_the_loss_of_a_sample_does_not_depend_on_its_micro_batch(train_inputs, tiny_config, data):
-    objective, _, _ = build_objective(tiny_config, train_inputs, data)
+def test_the_loss_of_a_sample_does_not_depend_on_its_micro_batch(tiny_config, data):
+    objective, _, _ = build_objective(tiny_config, data)
     with torch.no_grad():
-        together, labels = objective.compute_losses(range(30, 42))
-        apart = [objective.compute_losses(range(i, i + 1)) for i in range(30, 42)]
+        together, labels = objective.compute_losses(objective.prepare(range(30, 42)))
+        apart = [objective.compute_losses(objective.prepare(range(i, i + 1))) for i in range(30, 42)]
     torch.testing.assert_close(together, torch.cat([losses for losses, _ in apart]), rtol=1e-4, atol=1e-6)
     assert labels == [label for _, [label] in apart]
     assert len({round(float(x), 4) for x in together}) == 12
 
 
-def test_the_frozen_parts_get_no_gradient_and_the_trained_parts_do(train_inputs, tiny_config, data):
-    objective, parameters, base = build_objective(tiny_config, train_inputs, data)
+def test_the_frozen_parts_get_no_gradient_and_the_trained_parts_do(tiny_config, data):
+    objective, parameters, base = build_objective(tiny_config, data)
     torch.nn.init.normal_(objective.controlnet.query_stem.conv_out.weight)
     torch.nn.init.normal_(objective.controlnet.example_stem.conv_out.weight)
     for block in [*objective.controlnet.trunk.controlnet_down_blocks, objective.controlnet.trunk.controlnet_mid_block]:
         torch.nn.init.normal_(block.weight)
-    objective.compute_losses(range(12))[0].sum().backward()
+    objective.compute_losses(objective.prepare(range(12)))[0].sum().backward()
     without = [name for name, p in parameters.items() if p.grad is None or not p.grad.abs().sum() > 0]
     # a key's bias adds the same to every score of a softmax: its gradient is zero by mathematics, up to rounding
     assert [name for name in without if "to_k.bias" not in name] == []
@@ -76,15 +78,20 @@ def test_vision_tasks_and_rows_are_drawn_evenly(data, tiny_config):
     assert np.ptp(np.bincount([d.row for d in draws])) <= 1
 
 
-def test_a_dropped_pair_is_mid_grey_and_a_kept_one_is_not(train_inputs, tiny_config, data):
+def test_a_dropped_pair_is_mid_grey_whatever_it_was(tiny_config, data):
     config = tiny_config.model_copy(update={"dropout": tiny_config.dropout.model_copy(update={"example_pair": 0.5})})
-    objective, _, _ = build_objective(config, train_inputs, data)
+    objective, _, _ = build_objective(config, data)
+    torch.nn.init.normal_(objective.controlnet.example_stem.conv_out.weight)
+    for block in objective.controlnet.trunk.controlnet_down_blocks:
+        torch.nn.init.normal_(block.weight)
+    batch = objective.prepare(range(40))
     draws = [draw_sample(config, data, i) for i in range(40)]
-    samples = [data.assemble(d.vision_task, d.row, d.example_row) for d in draws]
-    pairs = objective._example_pairs(draws, samples)
-    assert {d.has_example for d in draws} == {True, False}
-    for draw, pair in zip(draws, pairs, strict=True):
-        assert bool((pair == 0).all()) is not draw.has_example
+    assert batch.has_example.tolist() == [d.has_example for d in draws]
+    assert set(batch.has_example.tolist()) == {True, False}
+    other = dataclasses.replace(batch, pairs=tuple(255 - side for side in batch.pairs))
+    with torch.no_grad():
+        changed = objective.compute_losses(batch)[0] != objective.compute_losses(other)[0]
+    assert changed.tolist() == batch.has_example.tolist()
 
 
 def test_a_sealed_training_is_a_pipeline_with_its_losses(train_inputs, tiny_config, tmp_path):
@@ -92,7 +99,11 @@ def test_a_sealed_training_is_a_pipeline_with_its_losses(train_inputs, tiny_conf
     events = []
     ref = launch_training(config, train_inputs, str(tmp_path), TrainResources(log_every_steps=1), events.append)
     manifest = open_manifest(ref.uri)
-    assert [event["step"] for event in events] == [1, 2, 3]
+    assert [event["step"] for event in events if "loss" in event] == [1, 2, 3]
+    (validated,) = [event for event in events if "validation_loss" in event]
+    assert (validated["step"], validated["is_best"]) == (3, True)
+    (shown,) = [event for event in events if "grid_uri" in event]
+    assert read_bytes(shown["grid_uri"]) == manifest.read_file("grid.png")
     losses = pq.read_table(tmp_path / "train" / ref.fingerprint / "losses.parquet").to_pylist()
     assert sum(row["num_samples"] for row in losses) == 3 * config.batch_size == manifest.counts["samples"]
     pipeline = load_pipeline(manifest.fetch_folder("pipeline", tmp_path / "cache"))

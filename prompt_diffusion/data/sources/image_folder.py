@@ -26,9 +26,11 @@ from prompt_diffusion.data.sources.base import (
     load_picture,
     read_file,
 )
+from prompt_diffusion.data.transforms import decode_image
 from prompt_diffusion.store.manifest import Reject
 from prompt_diffusion.store.storage import join_uri, list_files, read_bytes
 
+_SHAPE_TOLERANCE = 1.02  # a resized copy's sides are rounded
 _BROKEN = "\0broken"  # the column that says why a line of the table is none
 
 
@@ -128,15 +130,18 @@ class ImageFolderSource:
             raise ValueError(row[_BROKEN])
         caption = check_captions({"caption": row.get("caption")}, needed=("caption",))["caption"]
         names = check_captions({column: row.get(column) for column in self.image_columns}, needed=())
-        images = {}
+        images, shapes = {}, {}
         for column, name in names.items():
             if not name:
                 raise ValueError(f"{column} is missing")
             data = read_file(join_uri(self.config.uri, name), name)
             try:
                 images[column] = load_picture(data, self.image_size)
+                if self.config.condition is not None:
+                    shapes[name] = decode_image(data).shape[:2]
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
+        _check_shapes(shapes)
         image = images[self.image_columns[-1]]
         source = images[self.image_columns[0]]
         return ImagePair(
@@ -152,6 +157,14 @@ class ImageFolderSource:
             source_uri=key.sample_id,
             exact_maps={self.config.condition: (source, source)} if self.config.condition else {},
         )
+
+
+def _check_shapes(shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise ValueError where the images of a pair have different shapes: their centre squares would not show the same."""
+    ratios = [width / height for height, width in shapes.values()]
+    if ratios and max(ratios) > _SHAPE_TOLERANCE * min(ratios):
+        sizes = " and ".join(f"{name} {width} x {height}" for name, (height, width) in shapes.items())
+        raise ValueError(f"source and target differ in shape: {sizes} pixels")
 
 
 def _number_members(keys: list[SampleKey]) -> list[SampleKey]:

@@ -176,3 +176,17 @@ def test_images_are_read_from_s3_too(s3_store: str) -> None:
     write_bytes(join_uri(s3_store, "metadata.csv"), b"file_name,caption\na.png,grey\n")
     (pair,) = read_all(s3_store)
     assert (decode_image(expect_pair(pair).input_image) == 77).all()
+
+
+def test_a_pair_of_two_shapes_is_rejected_and_one_of_two_sizes_is_not(folder: Path) -> None:
+    (folder / "tall.png").write_bytes(encode_png(np.zeros((60, 40, 3), np.uint8)))
+    (folder / "small.png").write_bytes(encode_png(np.zeros((20, 30, 3), np.uint8)))
+    rows = [
+        {"source_file_name": source, "target_file_name": target, "caption": "x"}
+        for source, target in (("tall.png", "a.png"), ("small.png", "b.png"))
+    ]
+    write_csv(folder, rows)
+    refused, taken = read_all(folder, condition="sketch")
+    assert isinstance(refused, Reject)
+    assert refused.reason == "source and target differ in shape: tall.png 40 x 60 and a.png 60 x 40 pixels"
+    expect_pair(taken)

@@ -1,0 +1,102 @@
+"""MLflow's client: where it is, whether it answers, and the run that belongs to a training."""
+
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from prompt_diffusion.settings import Settings
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+EXPERIMENT = "prompt-diffusion"
+FINGERPRINT_TAG = "fingerprint"
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+_KNOCK_SECONDS = 5
+_LOCK = threading.Lock()  # MLflow's SQLite migrations do not bear two threads that open a new database at once
+
+
+def check_tracking_uri(uri: str) -> None:
+    """Raise ValueError, in one sentence, for a tracking URI that no server and no database can ever be behind."""
+    try:
+        parts = urlsplit(uri)
+        has_place = bool(parts.hostname) and parts.port != 0  # the port of a malformed address raises ValueError
+    except ValueError as error:
+        raise _refuse(uri, str(error)) from None
+    scheme = parts.scheme.partition("+")[0]
+    if scheme in ("http", "https"):
+        reason = None if has_place else "it names no host"
+    elif scheme == "sqlite":
+        reason = None if uri.partition("://")[2].strip("/") and not parts.netloc else "it names no file"
+    elif scheme in _DATABASES or uri == "databricks" or scheme == "databricks":
+        reason = None
+    else:
+        reason = f"{scheme or uri!r} is neither a server's nor a database's scheme"
+    if reason is not None:
+        raise _refuse(uri, reason)
+
+
+def _refuse(uri: str, reason: str) -> ValueError:
+    return ValueError(
+        f"MLFLOW_TRACKING_URI is {uri!r}: {reason}; expected http://HOST:PORT, https://HOST, sqlite:///FILE or "
+        "postgresql://USER@HOST/DATABASE"
+    )
+
+
+def connect(settings: Settings) -> "MlflowClient":
+    """Return a client of the tracking server or database that the settings name; a SQLite file's folder is made."""
+    check_tracking_uri(settings.tracking_uri)
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    with _LOCK:
+        from mlflow import MlflowClient
+
+        if settings.tracking_uri.startswith("sqlite:///"):
+            Path(settings.tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        return MlflowClient(tracking_uri=settings.tracking_uri, registry_uri=settings.tracking_uri)
+
+
+def knock(settings: Settings) -> None:
+    """Raise ConnectionError within seconds where a tracking server does not answer or is not well.
+
+    MLflow's own client would try for minutes, as its environment variables say; those stay as they are, for everybody else.
+    """
+    if not settings.tracking_uri.startswith(("http://", "https://")):
+        return
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    credentials = get_default_host_creds(settings.tracking_uri)
+    try:
+        answer = http_request(
+            credentials, "/health", "GET", max_retries=0, timeout=_KNOCK_SECONDS, raise_on_status=False
+        )
+    except MlflowException as error:
+        reason = error.__cause__ or error.__context__ or error
+        raise ConnectionError(f"{settings.tracking_uri} does not answer ({type(reason).__name__})") from error
+    if answer.status_code >= 500:
+        raise ConnectionError(f"{settings.tracking_uri} answers with status {answer.status_code}")
+
+
+def find_or_create_run(client: "MlflowClient", settings: Settings, name: str, fingerprint: str) -> tuple[str, bool]:
+    """Return the id of the run that has the fingerprint, and whether it was created now, under that name."""
+    with _LOCK:
+        experiment = _find_or_create_experiment(client, settings)
+        found = client.search_runs([experiment], f"tags.{FINGERPRINT_TAG} = '{fingerprint}'", max_results=1)
+        if found:
+            return str(found[0].info.run_id), False
+        run = client.create_run(experiment, run_name=name, tags={FINGERPRINT_TAG: fingerprint})
+        return str(run.info.run_id), True
+
+
+def _find_or_create_experiment(client: "MlflowClient", settings: Settings) -> str:
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment is not None:
+        return str(experiment.experiment_id)
+    location = None  # a tracking server knows its own place for artifacts
+    if settings.tracking_uri.startswith("sqlite:///"):
+        database = Path(settings.tracking_uri.removeprefix("sqlite:///"))
+        location = (database.parent / "mlartifacts").resolve().as_uri()
+    return str(client.create_experiment(EXPERIMENT, artifact_location=location))

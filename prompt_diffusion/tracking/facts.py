@@ -1,0 +1,48 @@
+"""What MLflow's run says about a training beside its curves: configuration, inputs, code, versions; imports no torch."""
+
+import getpass
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prompt_diffusion.store.codec import find_versions
+from prompt_diffusion.store.fingerprint import StageIdentity
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return nested values as texts under dotted names, such as ``optimizer.learning_rate``; lists in one line."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, list | tuple):
+            flat[f"{prefix}{key}"] = ", ".join(map(str, value))
+        else:
+            flat[f"{prefix}{key}"] = str(value)
+    return flat
+
+
+def collect_tags(identity: StageIdentity) -> dict[str, str]:
+    """Return fingerprints of the stage and its inputs, git revision, versions and user, as tags."""
+    tags = {f"input.{role}": fingerprint for role, fingerprint in identity.inputs.items()}
+    tags |= {f"version.{name}": version for name, version in find_versions().items()}
+    return tags | find_revision(_PACKAGE) | {"mlflow.user": getpass.getuser()}
+
+
+def find_revision(package: Path) -> dict[str, str]:
+    """Return git's revision of a package's checkout and whether anything in it differs from that; nothing without git."""
+    try:
+        # A package that is installed inside of somebody else's checkout is not tracked there: that revision is not ours.
+        _ask_git(package, "ls-files", "--error-unmatch", "__init__.py")
+        revision, changes = _ask_git(package, "rev-parse", "HEAD"), _ask_git(package, "status", "--porcelain")
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return {}
+    return {"git.revision": revision, "git.is_dirty": str(bool(changes)), "mlflow.source.git.commit": revision}
+
+
+def _ask_git(folder: Path, *arguments: str) -> str:
+    result = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+    return result.stdout.strip()

@@ -1,0 +1,385 @@
+"""What a training tells MLflow arrives once, in order, whatever becomes of the server or of the process: a real server."""
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prompt_diffusion.settings import Settings
+from prompt_diffusion.store.fingerprint import StageIdentity
+from prompt_diffusion.store.manifest import ManifestRef, seal_manifest, write_file
+from prompt_diffusion.tracking.client import check_tracking_uri, connect, find_or_create_run
+from prompt_diffusion.tracking.delivery import find_folder
+from prompt_diffusion.tracking.facts import find_revision, flatten
+from prompt_diffusion.tracking.outbox import Outbox
+from prompt_diffusion.tracking.tracker import RunTracker
+from prompt_diffusion.training.launch import TrainingStoppedError
+from tests.store.fault_proxy import serve_fault_proxy
+
+DEAD_URI = "http://127.0.0.1:1"
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+class Server:
+    """A real MLflow server on SQLite, which can be killed and started again on its port."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.folder, self.uri = folder, f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        arguments = ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--workers", "1"]
+        arguments += ["--artifacts-destination", f"{self.folder}/artifacts", "--port", str(self.port)]
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", *arguments]
+        log = self.folder / "server.log"
+        with log.open("wb") as sink:
+            # A session of its own, for the server is a process and its workers.
+            self.process = subprocess.Popen(command, stdout=sink, stderr=sink, env=environment, start_new_session=True)
+        give_up = time.monotonic() + 120
+        while self.process.poll() is None and time.monotonic() < give_up:
+            try:
+                with urllib.request.urlopen(f"{self.uri}/health", timeout=5):
+                    return
+            except (urllib.error.URLError, TimeoutError, ConnectionError):
+                time.sleep(0.1)
+        raise RuntimeError(f"MLflow's server did not start: {log.read_text()[-2000:]}")
+
+    def kill(self) -> None:
+        """End it as a crash would."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("mlflow-server"))
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def settings(server: Server, tmp_path: Path) -> Settings:
+    return Settings(tracking_uri=server.uri, cache_dir=tmp_path)
+
+
+@pytest.fixture
+def away(tmp_path: Path) -> Settings:
+    """The same machine while MLflow is not to be reached."""
+    return Settings(tracking_uri=DEAD_URI, cache_dir=tmp_path)
+
+
+@pytest.fixture
+def identity(request: pytest.FixtureRequest) -> StageIdentity:
+    """A training of this test's own: its name moves the fingerprint."""
+    config = {"optimizer": {"name": "adamw", "clip_norm": None}, "vision_tasks": ("a", "b"), "base": request.node.name}
+    return StageIdentity(stage="train", version=1, config=config, inputs={"pairs": "1" * 32, "maps/depth": "2" * 32})
+
+
+@pytest.fixture
+def model(identity: StageIdentity, tmp_path: Path) -> ManifestRef:
+    store = str(tmp_path / "store")
+    files = [write_file(identity, store, name, PNG) for name in ("grid.png", "losses.parquet", "config.json")]
+    return seal_manifest(identity, store, files, counts={"steps": 9})
+
+
+def make_event(step: int, loss: float | None = None) -> dict[str, Any]:
+    return {
+        "step": step,
+        "num_steps": 9,
+        "loss": float(step) if loss is None else loss,
+        "losses": {"image_to_hed": 0.25 * step},
+        "gradient_norm": 2.0,
+        "num_skipped": 0,
+        "learning_rate_factor": 0.5,
+        "samples_per_second": 3.0,
+        "eta_seconds": 1.0,
+        "device_memory_bytes": 2_500_000_000,
+        "model_flops_per_second": None,
+        "gigaflop_per_sample": 618.0,
+    }
+
+
+def read_history(settings: Settings, identity: StageIdentity, key: str = "loss") -> list[tuple[int, float]]:
+    client = connect(settings)
+    run_id, is_new = find_or_create_run(client, settings, "new", identity.fingerprint)
+    assert not is_new
+    return [(point.step, point.value) for point in client.get_metric_history(run_id, key)]
+
+
+def read_run(settings: Settings, identity: StageIdentity) -> Any:
+    client = connect(settings)
+    return client.get_run(find_or_create_run(client, settings, "new", identity.fingerprint)[0])
+
+
+def test_a_run_says_what_is_trained_from_what_on_what(
+    settings: Settings, identity: StageIdentity, model: ManifestRef, tmp_path: Path
+) -> None:
+    hardware = {"device": "NVIDIA H100", "num_processes": 8, "cpu_count": 16, "memory_gigabytes": 128.0}
+    grid = tmp_path / "grid.png"
+    grid.write_bytes(PNG)
+    with RunTracker(settings, "Prompt Diffusion", identity, {"resources.compile": "True"}) as tracker:
+        tracker.log_event({"hardware": hardware})
+        tracker.log_event({"command": "python -m prompt_diffusion.training.run run.json"})
+        tracker.log_event(make_event(1))
+        tracker.log_event(make_event(2, loss=float("nan")))
+        validation = {"step": 2, "num_steps": 9, "validation_loss": 0.75, "is_best": True, "grid_file": str(grid)}
+        tracker.log_event(validation)
+        grid.unlink()
+        tracker.finish(model)
+    run = read_run(settings, identity)
+    assert (run.info.run_name, run.info.status) == ("Prompt Diffusion", "FINISHED")
+    expected = {"optimizer.name": "adamw", "optimizer.clip_norm": "None", "vision_tasks": "a, b"}
+    assert run.data.params == expected | {"base": identity.config["base"]}
+    expected = {"fingerprint": identity.fingerprint, "input.pairs": "1" * 32, "input.maps/depth": "2" * 32}
+    expected |= {"hardware.device": "NVIDIA H100", "hardware.num_processes": "8", "resources.compile": "True"}
+    expected |= {"command": "python -m prompt_diffusion.training.run run.json", "best_step": "2"}
+    expected |= {"gigaflop_per_sample": "618.0", "version.python": sys.version.split()[0]}
+    assert run.data.tags.items() >= expected.items()
+    assert {"version.torch", "version.diffusers", "version.transformers"} <= run.data.tags.keys()
+    assert run.data.metrics["device/memory_gigabytes"] == 2.5
+    assert run.data.metrics["validation/loss"] == 0.75
+    assert run.data.metrics["loss/image_to_hed"] == 0.5
+    assert "speed/model_teraflop_per_second" not in run.data.metrics
+    history = read_history(settings, identity)
+    assert history[0] == (1, 1.0)
+    assert history[1][0] == 2
+    assert history[1][1] != history[1][1]
+    client = connect(settings)
+    assert [file.path for file in client.list_artifacts(run.info.run_id, "validation")] == [
+        "validation/step-00000002.png"
+    ]
+    names = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert names == {"config.json", "grid.png", "losses.parquet", "validation"}
+    assert list(find_folder(settings).iterdir()) == []
+
+
+def test_a_training_that_goes_back_to_its_checkpoint_adds_no_point_twice(
+    settings: Settings, identity: StageIdentity, model: ManifestRef
+) -> None:
+    with suppress(TrainingStoppedError), RunTracker(settings, "first", identity) as tracker:
+        for step in range(1, 7):
+            tracker.log_event(make_event(step))
+        raise TrainingStoppedError("killed")
+    stopped = read_run(settings, identity)
+    assert stopped.info.status == "KILLED"
+    with RunTracker(settings, "second", identity) as tracker:
+        for step in range(4, 10):
+            tracker.log_event(make_event(step, loss=-1.0 if step < 7 else None))
+        tracker.finish(model)
+    finished = read_run(settings, identity)
+    assert (finished.info.run_id, finished.info.status) == (stopped.info.run_id, "FINISHED")
+    assert read_history(settings, identity) == [(step, float(step)) for step in range(1, 10)]
+
+
+def test_what_a_killed_server_missed_arrives_once_and_in_order(
+    server: Server,
+    settings: Settings,
+    identity: StageIdentity,
+    model: ManifestRef,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    longest = 0.0
+    with caplog.at_level(logging.INFO), RunTracker(settings, "through an outage", identity) as tracker:
+        for step in range(1, 41):
+            if step == 10:
+                wait_until(lambda: len(read_history(settings, identity)) == 9)
+                server.kill()
+            if step == 30:
+                server.start()
+            started = time.monotonic()
+            tracker.log_event(make_event(step))
+            longest = max(longest, time.monotonic() - started)
+            time.sleep(0.05)
+        tracker.finish(model)
+    assert longest < 0.5
+    assert read_history(settings, identity) == [(step, float(step)) for step in range(1, 41)]
+    assert read_run(settings, identity).info.status == "FINISHED"
+    assert list(find_folder(settings).iterdir()) == []
+    said = [record.message for record in caplog.records if record.name.startswith("prompt_diffusion.tracking")]
+    assert len(said) == 2
+    assert str(tracker.outbox.path) in said[0]
+    assert said[1].startswith("MLflow answers again")
+
+
+def test_without_a_server_a_training_ends_with_a_warning_and_a_command_delivers_it_later(
+    settings: Settings, away: Settings, identity: StageIdentity, model: ManifestRef, caplog: pytest.LogCaptureFixture
+) -> None:
+    started = time.monotonic()
+    with RunTracker(away, "unheard", identity) as tracker:
+        assert time.monotonic() - started < 1.0
+        for step in range(1, 10):
+            tracker.log_event(make_event(step))
+        tracker.finish(model, limit_seconds=0.5)
+    warning = caplog.records[-1].message
+    assert str(tracker.outbox.path) in warning
+    assert "-m prompt_diffusion.tracking" in warning
+    for uri, code in ((DEAD_URI, 1), (settings.tracking_uri, 0)):
+        environment = os.environ | {"MLFLOW_TRACKING_URI": uri, "PROMPT_DIFFUSION_CACHE_DIR": str(away.cache_dir)}
+        command = [sys.executable, "-m", "prompt_diffusion.tracking"]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == code, result.stderr
+        assert "Traceback" not in result.stderr
+        assert tracker.outbox.path.exists() == bool(code)
+    assert read_history(settings, identity) == [(step, float(step)) for step in range(1, 10)]
+    assert read_run(settings, identity).info.status == "FINISHED"
+
+
+DYING_PROGRAM = """
+import os, signal, sys
+from pathlib import Path
+from prompt_diffusion.settings import Settings
+from prompt_diffusion.store.fingerprint import StageIdentity
+from prompt_diffusion.tracking.tracker import RunTracker
+from tests.test_tracking import DEAD_URI, make_event
+
+identity = StageIdentity.model_validate_json(sys.argv[1])
+tracker = RunTracker(Settings(tracking_uri=DEAD_URI, cache_dir=Path(sys.argv[2])), "dies", identity)
+for step in range(1, 6):
+    tracker.log_event(make_event(step))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_next_run_tells_first_what_a_process_that_died_could_not(
+    settings: Settings, identity: StageIdentity, model: ManifestRef
+) -> None:
+    command = [sys.executable, "-c", DYING_PROGRAM, identity.model_dump_json(), str(settings.cache_dir)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    outbox = Outbox(find_folder(settings), identity.fingerprint)
+    with outbox.path.open("a") as file:
+        file.write('{"metrics": {"loss": 6')  # as a process leaves it that dies within a write
+    with RunTracker(settings, "goes on", identity) as tracker:
+        for step in range(4, 10):
+            tracker.log_event(make_event(step))
+        tracker.finish(model)
+    assert read_history(settings, identity) == [(step, float(step)) for step in range(1, 10)]
+    run = read_run(settings, identity)
+    timestamps = [point.timestamp for point in connect(settings).get_metric_history(run.info.run_id, "loss")]
+    assert timestamps == sorted(timestamps)
+
+
+@pytest.mark.parametrize(
+    ("fault", "method", "part"),
+    [("lost answer", "POST", "runs/log-batch"), ("503", "GET", "health"), ("503", "POST", "runs/log-batch")],
+    ids=["the answer to a batch is lost", "the server is unwell", "the database is unwell"],
+)
+def test_after_a_fault_each_point_stands_once(
+    server: Server,
+    settings: Settings,
+    identity: StageIdentity,
+    model: ManifestRef,
+    fault: Any,
+    method: str,
+    part: str,
+) -> None:
+    with serve_fault_proxy(server.uri) as (proxy, url):
+        proxy.add_fault(fault, method, part, 2)
+        with RunTracker(settings.model_copy(update={"tracking_uri": url}), "through a proxy", identity) as tracker:
+            for step in range(1, 10):
+                tracker.log_event(make_event(step))
+            tracker.finish(model)
+        assert proxy.num_faults == 2
+    assert read_history(settings, identity) == [(step, float(step)) for step in range(1, 10)]
+
+
+def test_an_outbox_is_cleared_only_when_nobody_writes_to_it(tmp_path: Path) -> None:
+    outbox, other = Outbox(tmp_path, "f" * 32), Outbox(tmp_path, "f" * 32)
+    outbox.open()
+    outbox.write({"tags": {}})
+    _, end = other.read(0)
+    other.clear(end)
+    assert outbox.path.exists()
+    outbox.close()
+    other.clear(end - 1)
+    assert outbox.path.exists()
+    other.clear(end)
+    assert not outbox.path.exists()
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "",
+        "mlruns",
+        "./mlruns",
+        "htp://host",
+        "http://",
+        "http://host:99999",
+        "http://host:port",
+        "sqlite://",
+        "sqlite:///",
+    ],
+)
+def test_a_malformed_tracking_uri_is_one_sentence_at_once(uri: str, identity: StageIdentity, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^MLFLOW_TRACKING_URI is .*; expected http://HOST:PORT") as caught:
+        RunTracker(Settings(tracking_uri=uri, cache_dir=tmp_path), "nowhere", identity)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://host:5000",
+        "http://[::1]:5000",
+        "https://mlflow.example.org/path",
+        "sqlite:///outputs/mlflow.db",
+        "sqlite:////tmp/mlflow.db",
+        "postgresql://user:secret@host/mlflow",
+        "postgresql+psycopg2://host/mlflow",
+        "databricks",
+    ],
+)
+def test_a_sound_tracking_uri_is_taken(uri: str) -> None:
+    check_tracking_uri(uri)
+
+
+def test_the_revision_is_that_of_the_package_s_own_checkout(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=tests", "-c", "user.email=tests@example.org"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    package, installed = tmp_path / "package", tmp_path / "venv" / "package"
+    for folder in (package, installed):
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").touch()
+    assert find_revision(package) == {}
+    git("init", "--quiet")
+    git("add", "package")
+    git("commit", "--quiet", "-m", "first")
+    (tmp_path / ".git" / "info" / "exclude").write_text("venv\n")
+    clean = find_revision(package)
+    assert (clean["git.revision"], clean["git.is_dirty"]) == (git("rev-parse", "HEAD"), "False")
+    (package / "__init__.py").write_text("changed = True\n")
+    assert find_revision(package)["git.is_dirty"] == "True"
+    assert find_revision(installed) == {}
+
+
+def test_nested_values_get_dotted_names() -> None:
+    assert flatten({"a": {"b": {"c": 1}, "d": None}, "e": (1, 2)}) == {"a.b.c": "1", "a.d": "None", "e": "1, 2"}
+
+
+def wait_until(is_so: Any, seconds: float = 30.0) -> None:
+    give_up = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < give_up, "it never came to be"
+        time.sleep(0.1)

@@ -1,0 +1,61 @@
+"""The losses of the first 20 steps of the demo's recipe, committed: a change of the numbers must be meant and explained.
+
+To accept new ones: `python tests/training/test_trajectory.py`, and say in the commit why they moved.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from prompt_diffusion.annotators.annotate import run_annotate
+from prompt_diffusion.annotators.base import AnnotateResources
+from prompt_diffusion.data.ingest import run_ingest
+from prompt_diffusion.presets import RunConfig, demo, smoke
+from prompt_diffusion.store.manifest import open_manifest
+from prompt_diffusion.training.config import TrainResources
+from prompt_diffusion.training.encode import run_encode, run_encode_text
+from prompt_diffusion.training.stage import TrainInputs
+from prompt_diffusion.training.train import run_train
+from prompt_diffusion.training.world import World
+
+TRAJECTORY = Path(__file__).with_name("trajectory.json")
+STEPS, BATCH_SIZE = 20, 8
+# Another CPU sums in another order; Muon's steps carry that on, so it grows with the steps.
+RELATIVE_TOLERANCE = 2e-3
+
+
+def compute_trajectory(store: str) -> list[float]:
+    """Return the mean loss of each step, on the smoke preset's scenes."""
+    config: RunConfig = smoke()
+    pairs = run_ingest(config.ingest, store)
+    maps = {each.condition: run_annotate(each, pairs, store, AnnotateResources()) for each in config.annotate}
+    inputs = TrainInputs(
+        pairs=pairs,
+        maps=maps,
+        latents={name: run_encode(config.encode, ref, store) for name, ref in {"image": pairs, **maps}.items()},
+        text=run_encode_text(config.encode, pairs, store),
+    )
+    recipe = demo().train.model_copy(update={"batch_size": BATCH_SIZE, "num_steps": STEPS})
+    losses: dict[int, float] = {}
+
+    def note(event: dict[str, object]) -> None:
+        if "loss" in event:
+            losses[int(str(event["step"]))] = float(str(event["loss"]))
+
+    resources = TrainResources(log_every_steps=1, device="cpu", device_batch_size=BATCH_SIZE, validate_every_steps=None)
+    ref = run_train(recipe, inputs, store, resources, World(), note)
+    assert ref is not None
+    assert open_manifest(ref.uri).counts["skipped_steps"] == 0
+    return [losses[step] for step in range(1, STEPS + 1)]
+
+
+def test_the_demo_takes_the_committed_path(tmp_path):
+    expected = json.loads(TRAJECTORY.read_text())
+    assert compute_trajectory(str(tmp_path)) == pytest.approx(expected, rel=RELATIVE_TOLERANCE)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        TRAJECTORY.write_text(json.dumps([round(loss, 6) for loss in compute_trajectory(folder)], indent=1) + "\n")
