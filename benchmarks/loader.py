@@ -10,8 +10,8 @@ Fed PNG, as they recommend, the libraries decode three images a sample. Fed raw 
 comes near: both then copy the same bytes from the page cache and draw the same noise. It does so only because a record is one
 finished sample: three times the bytes of our cache for one fixed example a vision task, and no other example ever.
 
-The warm figure holds where the disk has room for the whole cache (see the bytes a row); with less, shards are fetched and decoded
-again in every epoch, at the first epoch's rate. Here the cache lies in the machine's page cache.
+The warm figure holds where the disk has room for the whole cache (see the bytes a row); with less, shards are fetched and
+decoded again in every epoch, at the first epoch's rate. Here the cache lies in the machine's page cache.
 
 Everything runs in one process pinned to one core, in turns; only the S3 server has the other cores. The images are ray-cast
 scenes, which are easier to decode than photographs: that favours the peers, ours decodes nothing. A library that is not
