@@ -173,7 +173,7 @@ def _decode_columns(table: pa.Table) -> dict[str, Array]:
 
 def _decode_images(column: pa.ChunkedArray) -> Pixels:
     images = np.stack([decode_image(cell["bytes"].as_py()) for cell in column])
-    is_grey = bool((images[..., :1] == images).all())
+    is_grey = all(bool((image[..., :1] == image).all()) for image in images)  # ends at the first one in colour
     return np.ascontiguousarray(images[..., :1]) if is_grey else images
 
 
