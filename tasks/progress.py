@@ -84,7 +84,7 @@ def log_training(name: str) -> Callable[[dict[str, Any]], None]:
     def report(event: dict[str, Any]) -> None:
         nonlocal said, said_losses
         if "hardware" in event:
-            logger.info("%s on %s", name, describe_hardware(event["hardware"]))
+            logger.info("%s: %s", name, describe_hardware(event["hardware"]))
         if "validation_loss" in event:
             best = ", the best so far" if event["is_best"] else ""
             logger.info("%s step %d: validation loss %.4f%s", name, event["step"], event["validation_loss"], best)
@@ -119,7 +119,8 @@ def describe_step(event: Mapping[str, Any]) -> str:
     if event.get("device_memory_bytes"):
         parts.append(f"{event['device_memory_bytes'] / 1e9:.1f} GB")
     if event.get("model_flops_per_second"):
-        parts.append(f"{event['model_flops_per_second'] / 1e12:.3g} TFLOP/s")
+        flops = event["model_flops_per_second"]
+        parts.append(f"{flops / 1e12:.0f} TFLOP/s" if flops >= 1e13 else f"{flops / 1e9:.0f} GFLOP/s")
     if event.get("num_skipped"):
         parts.append(f"{event['num_skipped']} skipped")
     parts.append(f"{timedelta(seconds=round(event['eta_seconds']))} left")

@@ -80,9 +80,8 @@ def train(config: TrainConfig, inputs: TrainInputs, store: str, resources: Train
         return sealed
     name = name_training(config)
     log_event = log_training(name)
-    with RunTracker(
-        load_settings(), name, identity, flatten({"resources": resources.model_dump(mode="json")})
-    ) as tracker:
+    changed = flatten({"resources": resources.model_dump(mode="json", exclude_defaults=True)})
+    with RunTracker(load_settings(), name, identity, changed) as tracker:
 
         def report(event: dict[str, Any]) -> None:
             if _STOP_REQUESTED.is_set():

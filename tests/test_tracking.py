@@ -147,14 +147,17 @@ def test_a_run_says_what_is_trained_from_what_on_what(
     run = read_run(settings, identity)
     assert (run.info.run_name, run.info.status) == ("Prompt Diffusion", "FINISHED")
     expected = {"optimizer.name": "adamw", "optimizer.clip_norm": "None", "vision_tasks": "a, b"}
-    assert run.data.params == expected | {"base": identity.config["base"]}
-    expected = {"fingerprint": identity.fingerprint, "input.pairs": "1" * 32, "input.maps/depth": "2" * 32}
+    expected |= {"base": identity.config["base"], "input.pairs": "1" * 32, "input.maps/depth": "2" * 32}
+    assert run.data.params == expected
+    datasets = {used.dataset.name: used.dataset.digest for used in run.inputs.dataset_inputs}
+    assert datasets == identity.inputs
+    expected = {"fingerprint": identity.fingerprint}
     expected |= {"hardware.device": "NVIDIA H100", "hardware.num_processes": "8", "resources.compile": "True"}
     expected |= {"command": "python -m prompt_diffusion.training.run run.json", "best_step": "2"}
     expected |= {"gigaflop_per_sample": "618.0", "version.python": sys.version.split()[0]}
     assert run.data.tags.items() >= expected.items()
     assert {"version.torch", "version.diffusers", "version.transformers"} <= run.data.tags.keys()
-    assert run.data.metrics["device/memory_gigabytes"] == 2.5
+    assert run.data.metrics["speed/device_memory_gigabytes"] == 2.5
     assert run.data.metrics["validation/loss"] == 0.75
     assert run.data.metrics["loss/image_to_hed"] == 0.5
     assert "speed/model_teraflop_per_second" not in run.data.metrics

@@ -99,4 +99,6 @@ def _find_or_create_experiment(client: "MlflowClient", settings: Settings) -> st
     if settings.tracking_uri.startswith("sqlite:///"):
         database = Path(settings.tracking_uri.removeprefix("sqlite:///"))
         location = (database.parent / "mlartifacts").resolve().as_uri()
-    return str(client.create_experiment(EXPERIMENT, artifact_location=location))
+    # Else the page takes the runs for evaluations of language models, and looks so.
+    tags = {"mlflow.experimentKind": "custom_model_development"}
+    return str(client.create_experiment(EXPERIMENT, artifact_location=location, tags=tags))

@@ -5,6 +5,7 @@ step and value once: sending a batch again whose answer was lost adds nothing. A
 last step that MLflow has is sent: a training that goes back to its checkpoint tells some steps twice, and the first stands.
 """
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -25,6 +26,7 @@ _MAX_METRICS_PER_BATCH = 1000
 _MAX_TAGS_PER_BATCH = 100
 _MAX_PARAM_LENGTH = 6000
 _MAX_TAG_LENGTH = 8000
+_MAX_DIGEST_LENGTH = 36
 
 
 class Courier:
@@ -63,8 +65,8 @@ class Courier:
         return client
 
     def _begin(self, client: "MlflowClient", records: Sequence[Record]) -> None:
-        """Say what is trained: an attempt's name, its parameters (which never change) and its tags (which may)."""
-        from mlflow.entities import Param
+        """Say what is trained on what: an attempt's name, its parameters (which never change) and its inputs."""
+        from mlflow.entities import Dataset, DatasetInput, Param
 
         known = client.get_run(self._run_id).data.params
         for record in records:
@@ -73,6 +75,11 @@ class Courier:
             known |= record["params"]
             for start in range(0, len(new), _MAX_TAGS_PER_BATCH):
                 client.log_batch(self._run_id, params=new[start : start + _MAX_TAGS_PER_BATCH])
+            datasets = [
+                Dataset(role, fingerprint[:_MAX_DIGEST_LENGTH], "manifest", json.dumps({"fingerprint": fingerprint}))
+                for role, fingerprint in record["datasets"].items()
+            ]
+            client.log_inputs(self._run_id, [DatasetInput(dataset) for dataset in datasets])
 
     def _tag(self, client: "MlflowClient", records: Sequence[Record]) -> None:
         from mlflow.entities import RunTag

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from prompt_diffusion.store.codec import find_versions
-from prompt_diffusion.store.fingerprint import StageIdentity
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -25,11 +24,11 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def collect_tags(identity: StageIdentity) -> dict[str, str]:
-    """Return fingerprints of the stage and its inputs, git revision, versions and user, as tags."""
-    tags = {f"input.{role}": fingerprint for role, fingerprint in identity.inputs.items()}
-    tags |= {f"version.{name}": version for name, version in find_versions().items()}
-    return tags | find_revision(_PACKAGE) | {"mlflow.user": getpass.getuser()}
+def collect_tags() -> dict[str, str]:
+    """Return git revision, versions and user, as tags; those that MLflow's page knows under its own names."""
+    versions = {f"version.{name}": version for name, version in find_versions().items()}
+    source = {"mlflow.user": getpass.getuser(), "mlflow.source.name": _PACKAGE.name, "mlflow.source.type": "LOCAL"}
+    return find_revision(_PACKAGE) | versions | source
 
 
 def find_revision(package: Path) -> dict[str, str]:

@@ -34,7 +34,7 @@ _METRICS = {
     "num_skipped": ("schedule/skipped_steps", 1.0),
     "samples_per_second": ("speed/samples_per_second", 1.0),
     "model_flops_per_second": ("speed/model_teraflop_per_second", 1e12),
-    "device_memory_bytes": ("device/memory_gigabytes", 1e9),
+    "device_memory_bytes": ("speed/device_memory_gigabytes", 1e9),
     "validation_loss": ("validation/loss", 1.0),
 }
 
@@ -52,9 +52,10 @@ class RunTracker:
         check_tracking_uri(settings.tracking_uri)
         self.outbox = Outbox(find_folder(settings), identity.fingerprint)
         self.outbox.open()
-        self.outbox.write({"run": name, "params": flatten(identity.config)})
+        inputs = {f"input.{role}": fingerprint for role, fingerprint in identity.inputs.items()}
+        self.outbox.write({"run": name, "params": flatten(identity.config) | inputs, "datasets": identity.inputs})
         self._facts: dict[str, str] = {}
-        self.set_tags({FINGERPRINT_TAG: identity.fingerprint, **collect_tags(identity), **(tags or {})})
+        self.set_tags({FINGERPRINT_TAG: identity.fingerprint, **collect_tags(), **(tags or {})})
         self._courier = Courier(settings, self.outbox)
         self._news, self._closing, self._give_up_at = threading.Event(), threading.Event(), float("inf")
         self._sender = threading.Thread(target=self._send_until_closed, name=f"tracker {name}", daemon=True)

@@ -64,6 +64,7 @@ def test_a_step_s_line_fits_a_terminal_and_leaves_out_what_is_not_known() -> Non
         "[##........] step 1250 of 5000, loss 0.1235, gradient 0.561, 512.3 samples/s, 61.2 GB, 316 TFLOP/s, 2:03:04 left"
     )
     assert len(f"Prompt Diffusion {full}") <= 130
+    assert "45 GFLOP/s" in describe_step(STEP | {"model_flops_per_second": 45.2e9})
     bare = describe_step(STEP | {"device_memory_bytes": None, "model_flops_per_second": None, "num_skipped": 2})
     assert (
         bare == "[##........] step 1250 of 5000, loss 0.1235, gradient 0.561, 512.3 samples/s, 2 skipped, 2:03:04 left"
@@ -98,7 +99,7 @@ def test_every_kind_of_event_is_told_and_the_bar_follows_the_steps(
         report(STEP | {"step": 1260})
         report({"step": 1250, "num_steps": 5000, "validation_loss": 0.25, "is_best": True})
     assert [record.message for record in caplog.records] == [
-        "joint on device NVIDIA H100, num processes 8",
+        "joint: device NVIDIA H100, num processes 8",
         f"joint {describe_step(STEP)}",
         "losses depth→image 0.123, hed→image 0.200",
         "joint step 1250: validation loss 0.2500, the best so far",
