@@ -80,7 +80,7 @@ def run_loop(
     averages = {} if decay is None else {name: p.detach().clone() for name, p in parameters.items()}
     progress = restore_checkpoint(plan.checkpoints, parameters, optimizers, averages)
     meter, micro = Meter(progress, plan, resources), MicroBatch(resources.device_batch_size)
-    with _catch_signals() as stop_requested:
+    with _catch_signals(world.stop_requested) as stop_requested:
         while progress.step < plan.num_steps:
             set_learning_rates(optimizers, learning_rate_factor(progress.step, plan.num_steps, plan.optimizer))
             sums = _accumulate(objective, parameters, plan, micro, world, progress.step)
@@ -232,9 +232,8 @@ class Meter:
 
 
 @contextmanager
-def _catch_signals() -> Iterator[threading.Event]:
+def _catch_signals(event: threading.Event) -> Iterator[threading.Event]:
     """Turn the first SIGTERM or SIGINT into an event while the loop runs (in the main thread; elsewhere nothing is caught)."""
-    event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return

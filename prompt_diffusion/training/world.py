@@ -1,9 +1,10 @@
 """The processes of one training: who am I, how many are we, and how do we add things up."""
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,8 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = CPU
+    stop_requested: threading.Event = field(default_factory=threading.Event)
+    """The wish to stop: the loop saves and leaves; set by a signal, or by whoever runs the loop outside the main thread."""
 
     @property
     def is_main(self) -> bool:
