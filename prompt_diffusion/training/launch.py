@@ -75,7 +75,9 @@ def launch_training(
         return sealed
     check_training(config, inputs, resources)
     if resources.engine == "ray" and find_spec("ray") is None:
-        raise ValueError("the engine 'ray' needs the extra 'ray', which is not installed here: install prompt-diffusion[ray]")
+        raise ValueError(
+            "the engine 'ray' needs the extra 'ray', which is not installed here: install prompt-diffusion[ray]"
+        )
     command = build_command(write_spec(config, inputs, store_root, resources), resources)
     logger.info("training: %s", " ".join(command))
     final = _run(command, resources, on_event)

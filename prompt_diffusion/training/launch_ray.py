@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import ray
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from prompt_diffusion.store.storage import read_bytes
 from prompt_diffusion.training.config import TrainResources
@@ -80,11 +80,14 @@ def _drive(spec: TrainSpec, folder: str, stream: TextIO) -> int:
     stop_requested = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):  # Ray's own handlers would end the workers where they stand
         signal.signal(number, lambda *_: stop_requested.set())
-    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    mailbox: Any = ray.remote(num_cpus=0)(Mailbox).remote()
+    scaling = _scale(spec.resources)
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={"spec": spec.model_dump_json(), "mailbox": mailbox},
-        scaling_config=_scale(spec.resources),
+        # as in `join_world`: sums of numbers that the CPU holds go by gloo in either case
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if scaling.use_gpu else "gloo"),
+        scaling_config=scaling,
         run_config=RunConfig(storage_path=folder, failure_config=FailureConfig(max_failures=MAX_RESTARTS)),
     )
     failures: list[Exception] = []
@@ -143,7 +146,7 @@ def _train_worker(task: dict[str, Any]) -> None:
 
 def _scale(resources: TrainResources) -> ScalingConfig:
     """Return how many workers Ray starts and what each takes; ValueError where a local cluster has too few GPUs."""
-    num_gpus = int(ray.cluster_resources().get("GPU", 0))
+    num_gpus = int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
     use_gpu = resources.device == "cuda" or (resources.device == "auto" and num_gpus > 0)
     if use_gpu and resources.ray_address is None and num_gpus < resources.num_processes:
         raise ValueError(

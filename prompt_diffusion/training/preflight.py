@@ -5,7 +5,7 @@ processes, before and after the base is loaded.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -22,8 +22,12 @@ from prompt_diffusion.training.stage import TrainInputs
 if TYPE_CHECKING:
     from prompt_diffusion.model.base import Base
 
-_PAIR_COLUMNS = ("sample_id", "group_id", "split", "input_prompt", "edited_prompt", "input_image", "edited_image")
-_LATENT_COLUMNS = {"sample_id": pa.string(), "edited_mean": None, "edited_std": None}
+_PAIR_COLUMNS: dict[str, Any] = {
+    name: IMAGE_PAIR_SCHEMA.field(name).type
+    for name in ("sample_id", "group_id", "split", "input_prompt", "edited_prompt", "input_image", "edited_image")
+}
+_MAP_COLUMNS: dict[str, Any] = {field.name: field.type for field in CONDITION_MAP_SCHEMA}
+_LATENT_COLUMNS: dict[str, Any] = {"sample_id": pa.string(), "edited_mean": None, "edited_std": None}
 _READ_BYTES = 1 << 16
 
 
@@ -35,23 +39,8 @@ def check_training(config: TrainConfig, inputs: TrainInputs, resources: TrainRes
             "batch_size or num_processes"
         )
     used = inputs.narrow(config.vision_tasks)
-    pairs = open_manifest(used.pairs.uri)
-    columns: dict[str, Any] = {name: IMAGE_PAIR_SCHEMA.field(name).type for name in _PAIR_COLUMNS}
-    first = _read_first_row(pairs, columns)
-    _check_rows(config, pairs)
-    size = _image_size(first["edited_image"])
-    map_columns = {name: CONDITION_MAP_SCHEMA.field(name).type for name in CONDITION_MAP_SCHEMA.names}
-    for ref in used.maps.values():
-        maps = open_manifest(ref.uri)
-        row = _read_first_row(maps, map_columns)
-        _check_alignment(maps, row, pairs, first)
-        if _image_size(row["edited_map"]) != size:
-            raise ValueError(
-                f"the maps of {ref.uri} have {_image_size(row['edited_map'])} pixels, the images of {pairs.ref.uri} {size}"
-            )
-    for ref in used.latents.values():
-        latents = open_manifest(ref.uri)
-        _check_alignment(latents, _read_first_row(latents, _LATENT_COLUMNS), pairs, first)
+    _check_rows(config, [used.pairs.uri])
+    _check_dataset(used)
 
 
 def check_gpus(resources: TrainResources, num_gpus: int) -> None:
@@ -82,8 +71,7 @@ def check_base(config: TrainConfig, base: "Base", inputs: TrainInputs) -> None:
             f"{base.unet.config['in_channels']} channels and its autoencoder gives {latent}"
         )
     used = inputs.narrow(config.vision_tasks)
-    columns: dict[str, Any] = {"edited_image": IMAGE_PAIR_SCHEMA.field("edited_image").type}
-    width, height = _image_size(_read_first_row(open_manifest(used.pairs.uri), columns)["edited_image"])
+    width, height = _image_size(_read_first_row(open_manifest(used.pairs.uri), _PAIR_COLUMNS)["edited_image"])
     expected = (latent, height // base.latent_stride, width // base.latent_stride)
     for ref in used.latents.values():
         shape = _read_latent_shape(open_manifest(ref.uri))
@@ -94,30 +82,51 @@ def check_base(config: TrainConfig, base: "Base", inputs: TrainInputs) -> None:
             )
 
 
-def _check_rows(config: TrainConfig, pairs: Manifest) -> None:
-    """Refuse fewer training samples than a batch; reads no further than it must."""
+def _check_rows(config: TrainConfig, uris: Sequence[str]) -> None:
+    """Refuse fewer training samples in all image pairs than a batch; reads no further than it must."""
     found = 0
-    for shard in pairs.shards:
-        with open_input(join_uri(pairs.ref.uri, shard.path)) as file:
-            split = pq.read_table(file, columns=["split"])["split"]
-        found += pc.sum(pc.equal(split, "train")).as_py() or 0
-        if found >= config.batch_size:
-            return
+    for uri in uris:
+        for shard in open_manifest(uri).shards:
+            with open_input(join_uri(uri, shard.path)) as file:
+                split = pq.read_table(file, columns=["split"])["split"]
+            found += pc.sum(pc.equal(split, "train")).as_py() or 0
+            if found >= config.batch_size:
+                return
     raise ValueError(
-        f"{pairs.ref.uri} has {found} training samples, fewer than a batch of {config.batch_size}: lower batch_size or add "
+        f"{_list(uris)} has {found} training samples, fewer than a batch of {config.batch_size}: lower batch_size or add "
         "samples"
     )
 
 
-def _check_alignment(manifest: Manifest, row: dict[str, Any], pairs: Manifest, first: dict[str, Any]) -> None:
+def _check_dataset(dataset: TrainInputs) -> None:
+    """Refuse manifests of one dataset whose columns, rows or sizes do not fit together."""
+    pairs = open_manifest(dataset.pairs.uri)
+    first = _read_first_row(pairs, _PAIR_COLUMNS)
+    size = _image_size(first["edited_image"])
+    for ref in dataset.maps.values():
+        row = _check_alignment(open_manifest(ref.uri), _MAP_COLUMNS, pairs, first)
+        if _image_size(row["edited_map"]) != size:
+            raise ValueError(
+                f"the maps of {ref.uri} have {_image_size(row['edited_map'])} pixels, the images of {pairs.ref.uri} {size}"
+            )
+    for ref in dataset.latents.values():
+        _check_alignment(open_manifest(ref.uri), _LATENT_COLUMNS, pairs, first)
+
+
+def _check_alignment(
+    manifest: Manifest, columns: Mapping[str, Any], pairs: Manifest, first: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the first row of a manifest that stands beside the image pairs, row by row."""
+    row = _read_first_row(manifest, columns)
     rows, expected = ([shard.rows for shard in m.shards] for m in (manifest, pairs))
     if sum(rows) != sum(expected):
         raise ValueError(f"{manifest.ref.uri} has {sum(rows)} rows, the image pairs {pairs.ref.uri} {sum(expected)}")
     if rows != expected or row["sample_id"] != first["sample_id"]:
         raise ValueError(f"{manifest.ref.uri} is not aligned with the image pairs {pairs.ref.uri}")
+    return row
 
 
-def _read_first_row(manifest: Manifest, columns: dict[str, Any]) -> dict[str, Any]:
+def _read_first_row(manifest: Manifest, columns: Mapping[str, Any]) -> dict[str, Any]:
     """Return the first row; ValueError names a column that is missing or of another type (None takes any)."""
     shard = _first_shard(manifest)
     uri = join_uri(manifest.ref.uri, shard.path)
@@ -128,7 +137,7 @@ def _read_first_row(manifest: Manifest, columns: dict[str, Any]) -> dict[str, An
     return row
 
 
-def _check_columns(uri: str, schema: pa.Schema, columns: dict[str, Any]) -> None:
+def _check_columns(uri: str, schema: pa.Schema, columns: Mapping[str, Any]) -> None:
     missing = [name for name in columns if name not in schema.names]
     if missing:
         raise ValueError(f"{uri} has no column {_list(missing)}: it has {_list(schema.names)}")

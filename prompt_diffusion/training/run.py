@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from datetime import timedelta
 from typing import Any, NoReturn, TextIO
 
 import torch
@@ -73,16 +74,18 @@ def format_event(event: dict[str, Any]) -> str:
         return f"error: {event['error']}"
     if "sealed" in event:
         return f"sealed: {event['sealed']['uri']}"
-    if not {"step", "num_steps", "loss"} <= event.keys():
-        return json.dumps(event)
-    parts = [f"step {event['step']} of {event['num_steps']}", f"loss {event['loss']:.4f}"]
-    if "samples_per_second" in event:
-        parts.append(f"{event['samples_per_second']:.1f} samples/s")
-    if "eta_seconds" in event:
-        hours, seconds = divmod(round(event["eta_seconds"]), 3600)
-        parts.append(f"{hours}:{seconds // 60:02d}:{seconds % 60:02d} left")
-    losses = " ".join(f"{name} {loss:.4f}" for name, loss in event.get("losses", {}).items())
-    return ", ".join(parts) + (f" ({losses})" if losses else "")
+    step = f"step {event['step']} of {event['num_steps']}"
+    if "validation_loss" in event:
+        return f"{step}, validation loss {event['validation_loss']:.4f}"
+    left = timedelta(seconds=round(event["eta_seconds"]))
+    parts = [step, f"loss {event['loss']:.4f}", f"{event['samples_per_second']:.1f} samples/s", f"{left} left"]
+    if event.get("device_memory_bytes"):
+        parts.append(f"{event['device_memory_bytes'] / 1e9:.1f} GB")
+    if event.get("model_flops_per_second"):
+        parts.append(f"{event['model_flops_per_second'] / 1e12:.3g} TFLOP/s")
+    parts.append(f"gradient norm {event['gradient_norm']:.3g}")
+    losses = ", ".join(f"{name} {loss:.4f}" for name, loss in event["losses"].items())
+    return f"{', '.join(parts)} ({losses})"
 
 
 def end_with_launcher(torchrun_pid: int | None = None) -> None:
