@@ -1,4 +1,4 @@
-"""Reproducing in one process, with a Prefect server of its own: what `make demo` runs."""
+"""Flows in one process, with a Prefect server of its own: what `make demo` and the command line run."""
 
 import logging
 import os
@@ -27,9 +27,14 @@ from prefect.settings import (
 )
 
 from flows.reproduce import reproduce
-from flows.run import Overrides, Preset, start_run
-from flows.stages import find_benchmark
+from flows.run import Overrides, Preset, Run, find_models, start_run
+from flows.stages import find_benchmark, obtain_inputs, obtain_maps, obtain_pairs
+from flows.train import train_six_task
+from prompt_diffusion.presets import build_preset
+from prompt_diffusion.settings import load_settings
+from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import ManifestRef
+from prompt_diffusion.training.stage import identify_train
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +54,24 @@ def reproduce_here(preset: Preset, overrides: Overrides, store: str | None, home
         return table
     with embedded_server(home):
         return reproduce(preset, overrides, run.store)
+
+
+def train_here(preset: Preset, overrides: Overrides, store: str | None, home: Path) -> ManifestRef:
+    """Return the model of all vision tasks, made in this process; ValueError as `reproduce_here` raises it."""
+    run = start_run(preset, overrides, store)
+    with embedded_server(home):
+        return train_six_task(preset, overrides, run.store)
+
+
+def find_train_identity(preset: Preset, overrides: Overrides, store: str | None) -> StageIdentity:
+    """Return what that training would be known by; UnsealedError names a stage before it that is not made.
+
+    Asks the store alone, and writes nothing.
+    """
+    settings = load_settings()
+    run = find_models(Run(build_preset(preset, overrides), settings, store or settings.store, "require"))
+    pairs = obtain_pairs(run)
+    return identify_train(run.config.train, obtain_inputs(run, pairs, obtain_maps(run, pairs)))
 
 
 @contextmanager

@@ -21,10 +21,11 @@ from prompt_diffusion.training.encode import (
     run_encode,
     run_encode_text,
 )
-from prompt_diffusion.training.launch import TrainingStoppedError, launch_training
+from prompt_diffusion.training.launch import TimeLimitError, TrainingStoppedError, launch_training
 from prompt_diffusion.training.stage import TrainInputs, identify_train
 from tasks.caching import DAY_SECONDS, build_stage_options, is_transient
 from tasks.progress import log_progress, log_training
+from tasks.slots import occupy_gpus
 
 # Signals reach the main thread alone: through this the trainings that other threads wait for hear of them.
 _STOP_REQUESTED = threading.Event()
@@ -51,8 +52,9 @@ def encode_text(config: EncodeConfig, pairs: ManifestRef, store: str, resources:
 
 
 def can_go_on(stage: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    """Say whether to launch a training again, from its last checkpoint: not where it was asked to stop."""
-    return not _STOP_REQUESTED.is_set() and is_transient(stage, run, state)
+    """Say whether to launch a training again, from its last checkpoint: not where it was asked to stop, or had its time."""
+    is_limited = isinstance(state.result(raise_on_failure=False), TimeLimitError)
+    return not _STOP_REQUESTED.is_set() and not is_limited and is_transient(stage, run, state)
 
 
 def name_training(config: TrainConfig) -> str:
@@ -91,7 +93,8 @@ def train(config: TrainConfig, inputs: TrainInputs, store: str, resources: Train
             tracker.log_event(event)
             log_event(event)
 
-        model = launch_training(config, inputs, store, resources, on_event=report)
+        with occupy_gpus(resources):
+            model = launch_training(config, inputs, store, resources, on_event=report)
         tracker.finish(model)
     return model
 

@@ -39,9 +39,28 @@ def test_annotators_are_listed_with_what_pins_their_weights():
         assert text in result.stdout
 
 
+def test_a_dry_run_says_what_a_training_would_take_and_writes_nothing(tmp_path):
+    arguments = ("train", "--preset", "smoke", "--set", "train.num_steps=7", "--dry-run", "--teraflops", "2")
+    result = run(*arguments, "--store", str(tmp_path / "store"))
+    assert result.exit_code == 0, result.stderr
+    for text in (
+        "num_steps: 7",
+        "fingerprint: known once the stages before are sealed",
+        "the configuration of 'demo-base'",
+        "steps: 7 of 6 samples, 42 samples in all",
+        "GFLOP a sample",
+        "1 x 2 TFLOP/s sustained (as given)",
+        "checkpoint: 0.0279 GB",
+    ):
+        assert text in result.stdout
+    assert not (tmp_path / "store").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (("train", "--preset", "nightly", "--dry-run"), "unknown preset 'nightly'"),
+        (("train", "--set", "train.lr=1"), "unknown field 'train.lr'"),
         (("demo", "--preset", "nightly"), "unknown preset 'nightly'"),
         (("demo", "--set", "train.lr=1"), "unknown field 'train.lr'"),
         (("demo", "--set", "train.num_steps"), "--set takes KEY=VALUE"),

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from prompt_diffusion.cli.annotators import annotators_app, weights_app
-from prompt_diffusion.cli.shared import StoreOption, say_errors
+from prompt_diffusion.cli.shared import OverridesOption, PresetOption, StoreOption, parse_overrides, say_errors
+from prompt_diffusion.cli.training import train
 
 if TYPE_CHECKING:
     from prompt_diffusion.evaluation.table import BenchmarkTable
@@ -26,30 +27,15 @@ app = typer.Typer(
 )
 app.add_typer(weights_app, name="weights")
 app.add_typer(annotators_app, name="annotators")
+app.command()(train)
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def _parse_overrides(texts: list[str]) -> dict[str, Any]:
-    """Read ``key=value`` pairs, the value as JSON where it is JSON, else as text."""
-    overrides: dict[str, Any] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise ValueError(f"--set takes KEY=VALUE, such as train.num_steps=100, got {text!r}")
-        try:
-            overrides[key] = json.loads(value)
-        except json.JSONDecodeError:
-            overrides[key] = value
-    return overrides
 
 
 @app.command()
 @say_errors
 def demo(
-    preset: Annotated[str, typer.Option(help="smoke, demo or paper.")] = "demo",
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one field, e.g. train.num_steps=100.")
-    ] = None,
+    preset: PresetOption = "demo",
+    overrides: OverridesOption = None,
     store: StoreOption = None,
 ) -> None:
     """Run everything, dataset to table: ingest, annotate, train, baselines, register, benchmark; what is done stays.
@@ -62,7 +48,7 @@ def demo(
     # a thread that waits sleeps instead of spinning: on a machine that does other things too, spinning costs far more
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     reproduce_here = import_module("flows.embedded").reproduce_here
-    ref = reproduce_here(preset, _parse_overrides(overrides or []), store, Path("outputs/prefect"))
+    ref = reproduce_here(preset, parse_overrides(overrides or []), store, Path("outputs/prefect"))
     from prompt_diffusion.evaluation.table import read_table
 
     show_table(read_table(ref.uri), as_json=False)

@@ -1,9 +1,10 @@
-"""What all commands share: how they fail, and where the store is."""
+"""What all commands share: how they fail, where the store is, and how a preset is changed."""
 
+import json
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import Annotated, ParamSpec, TypeVar
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
@@ -14,6 +15,24 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 StoreOption = Annotated[str | None, typer.Option("--store", help="Folder or s3:// address; default: the settings'.")]
+PresetOption = Annotated[str, typer.Option("--preset", help="smoke, demo or paper.")]
+OverridesOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one field, e.g. train.num_steps=100.")
+]
+
+
+def parse_overrides(texts: list[str]) -> dict[str, Any]:
+    """Read ``key=value`` pairs, the value as JSON where it is JSON, else as text."""
+    overrides: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set takes KEY=VALUE, such as train.num_steps=100, got {text!r}")
+        try:
+            overrides[key] = json.loads(value)
+        except json.JSONDecodeError:
+            overrides[key] = value
+    return overrides
 
 
 def say_errors(command: Callable[P, R]) -> Callable[P, R]:

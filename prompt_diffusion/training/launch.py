@@ -1,26 +1,41 @@
-"""Launching a training: a child process, or several through torchrun, from any process that knows no torch."""
+"""Launching a training from any process that knows no torch: a child, several through torchrun, or many through Ray Train.
+
+Every engine is one command that reads one file and prints one JSON object a line on standard output: progress, then the
+sealed reference, or a user's mistake in one sentence. The file lies in the stage's folder of the store and stays there, so
+that the command, which is logged, can be run by hand, on any machine that reaches the store.
+"""
 
 import json
 import logging
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from prompt_diffusion.store.fingerprint import compute_digest
 from prompt_diffusion.store.manifest import ManifestRef, find_sealed
+from prompt_diffusion.store.storage import join_uri, local_path, write_bytes
 from prompt_diffusion.training.config import TrainConfig, TrainResources
+from prompt_diffusion.training.preflight import check_training
 from prompt_diffusion.training.stage import TrainInputs, identify_train
 
 logger = logging.getLogger(__name__)
 
 STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: try again, and it goes on
-_GRACE_SECONDS = 30.0
-_MAX_RESTARTS = 3
+MAX_RESTARTS = 3
+SAVING_SECONDS = 60
+"""Time that a process has, once it is asked to stop, for the step that it is in and for a checkpoint."""
+LAUNCHER_VARIABLE = "PROMPT_DIFFUSION_LAUNCHER_PID"
+"""Names the process that a training ends with; run by hand, a training has none."""
+_GRACE_SECONDS = SAVING_SECONDS + 30.0
+
+OnEvent = Callable[[dict[str, Any]], None]
 
 
 class TrainSpec(BaseModel):
@@ -32,11 +47,14 @@ class TrainSpec(BaseModel):
     inputs: TrainInputs
     store_root: str
     resources: TrainResources
-    parent_pid: int
 
 
 class TrainingStoppedError(RuntimeError):
     """The training ended before its last step; its checkpoints are whole and the same command goes on."""
+
+
+class TimeLimitError(TrainingStoppedError):
+    """The training was stopped by ``resources.time_limit_seconds``: to go on at once would defeat the limit."""
 
 
 def launch_training(
@@ -44,74 +62,123 @@ def launch_training(
     inputs: TrainInputs,
     store_root: str,
     resources: TrainResources,
-    on_event: Callable[[dict[str, Any]], None] | None = None,
+    on_event: OnEvent | None = None,
 ) -> ManifestRef:
-    """Run stage ``train`` in child processes and return its sealed reference; at once if it is sealed already.
+    """Run stage ``train`` in other processes and return its sealed reference; at once if it is sealed already.
 
-    ``on_event`` hears what ``run_loop`` reports. ValueError carries the child's own sentence for a user's mistake;
-    ``TrainingStoppedError`` says that the run stopped and can go on. Children never outlive this process by more than the
-    time of one step.
+    ``on_event`` hears the command, the hardware and what ``run_loop`` reports. ValueError, in one sentence, for a user's mistake, here or in the
+    training. ``TrainingStoppedError`` says that the run stopped and can go on. The processes never outlive this one by more
+    than the time of one step and a checkpoint.
     """
     sealed = find_sealed(identify_train(config, inputs), store_root)
     if sealed is not None:
         return sealed
-    spec = TrainSpec(
-        config=config,
-        inputs=inputs.narrow(config.vision_tasks),
-        store_root=store_root,
-        resources=resources,
-        parent_pid=os.getpid(),
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "spec.json"
-        file.write_text(spec.model_dump_json())
-        command = build_command(file, resources)
-        logger.info("training: %s", " ".join(command))
-        final = _run(command, resources, on_event)
+    check_training(config, inputs, resources)
+    if resources.engine == "ray" and find_spec("ray") is None:
+        raise ValueError(
+            "the engine 'ray' needs the extra 'ray', which is not installed here: install prompt-diffusion[ray]"
+        )
+    command = build_command(write_spec(config, inputs, store_root, resources), resources)
+    logger.info("training: %s", " ".join(command))
+    if on_event is not None:
+        on_event({"command": " ".join(command)})
+    final = _run(command, resources, on_event)
     if "sealed" not in final:
         raise TrainingStoppedError("the training was stopped: run the same command to go on from its last checkpoint")
     return ManifestRef.model_validate(final["sealed"])
 
 
-def build_command(spec_file: Path, resources: TrainResources) -> list[str]:
-    """Return the command line of a training: python alone for one process, torchrun for several."""
-    target = ["-m", "prompt_diffusion.training.run", str(spec_file)]
+def write_spec(config: TrainConfig, inputs: TrainInputs, store_root: str, resources: TrainResources) -> str:
+    """Write what a training process is told into the stage's folder, under a name of its content; return its URI."""
+    folder = local_path(store_root)
+    spec = TrainSpec(
+        config=config,
+        inputs=inputs.narrow(config.vision_tasks),
+        store_root=store_root if folder is None else str(folder.resolve()),
+        resources=resources,
+    )
+    content = spec.model_dump_json(indent=2).encode()
+    uri = join_uri(identify_train(config, inputs).uri(spec.store_root), f"run-{compute_digest(content)[:8]}.json")
+    write_bytes(uri, content)
+    return uri
+
+
+def build_command(spec_uri: str, resources: TrainResources) -> list[str]:
+    """Return the command line of a training: Ray's driver, python alone for one process, torchrun for several."""
+    if resources.engine == "ray":
+        return [sys.executable, "-m", "prompt_diffusion.training.launch_ray", spec_uri]
+    target = ["-m", "prompt_diffusion.training.run", spec_uri]
     if resources.num_processes == 1:
         return [sys.executable, *target]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={resources.num_processes}"]
-    return [sys.executable, *torchrun, f"--max-restarts={_MAX_RESTARTS}", *target]
+    patience = [f"--max-restarts={MAX_RESTARTS}", f"--shutdown-timeout={SAVING_SECONDS}"]
+    return [sys.executable, *torchrun, *patience, *target]
 
 
-def _run(
-    command: list[str], resources: TrainResources, on_event: Callable[[dict[str, Any]], None] | None
-) -> dict[str, Any]:
-    """Run the command, pass its events on, and return the last one; an interrupt lets the child save first."""
+def _run(command: list[str], resources: TrainResources, on_event: OnEvent | None) -> dict[str, Any]:
+    """Run the command, pass its events on, and return the last one; an interrupt lets the training save first."""
     environment = os.environ | {
         "OMP_NUM_THREADS": str(resources.threads_per_process),
         "OMP_WAIT_POLICY": "PASSIVE",  # a thread that waits sleeps: spinning costs far more where the machine is shared
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        LAUNCHER_VARIABLE: str(os.getpid()),
     }
     last: dict[str, Any] = {}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    # A session of its own: a terminal's Ctrl-C is for this process, which passes it on once, to the right one.
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
     assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            last = _parse_event(line) or last
-            if on_event is not None and "step" in last:
-                on_event(last)
-        code = process.wait()
-    except BaseException:
-        process.terminate()
+    with process, _limit_time(process, resources.time_limit_seconds) as was_limited:
         try:
-            process.wait(_GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        raise
-    if "error" in last:
-        raise ValueError(last["error"])
+            for line in process.stdout:
+                event = _parse_event(line)
+                if event is None:
+                    continue
+                if "error" in event:
+                    raise ValueError(event["error"])
+                last = event
+                if on_event is not None and "sealed" not in event:
+                    on_event(event)
+            code = process.wait()
+        except BaseException:
+            _stop(process)
+            raise
+    if "sealed" in last:
+        return last
+    if was_limited():
+        raise TimeLimitError(
+            f"the training reached its time limit of {resources.time_limit_seconds:g} seconds: run the same command to go on "
+            "from its last checkpoint"
+        )
     if code not in (0, STOPPED_EXIT_CODE):
         raise TrainingStoppedError(f"the training process ended with exit code {code}; its last checkpoint is whole")
     return last
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """Ask the process to save and stop, and kill it where it does not."""
+    process.terminate()
+    try:
+        process.wait(_GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+@contextmanager
+def _limit_time(process: subprocess.Popen[str], seconds: float | None) -> Iterator[Callable[[], bool]]:
+    """Stop the process once the time has passed; what is given says whether it was stopped so."""
+    ended, limited = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        if not ended.wait(seconds):
+            limited.set()
+            _stop(process)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield limited.is_set
+    finally:
+        ended.set()
 
 
 def _parse_event(line: str) -> dict[str, Any] | None:

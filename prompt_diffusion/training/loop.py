@@ -70,7 +70,7 @@ def run_loop(
     validator = Validator(validate if world.is_main else None, progress, plan, resources, meter.on_step)
     steps, size = range(progress.step, plan.num_steps), choose_device_batch(plan, resources, world)
     with (
-        _catch_signals() as stop_requested,
+        _catch_signals(world.stop_requested) as stop_requested,
         Feed(objective.prepare, steps, plan.batch_size, world, size, resources.loader_threads) as feed,
         CheckpointWriter(plan.checkpoints, plan.num_steps, resources) as writer,
     ):
@@ -189,9 +189,8 @@ def _clip(parameters: Mapping[str, Tensor], clip_norm: float | None) -> float:
 
 
 @contextmanager
-def _catch_signals() -> Iterator[threading.Event]:
+def _catch_signals(event: threading.Event) -> Iterator[threading.Event]:
     """Turn the first SIGTERM or SIGINT into an event while the loop runs (in the main thread; elsewhere nothing is caught)."""
-    event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return

@@ -36,6 +36,7 @@ from prompt_diffusion.training.config import TrainConfig, TrainResources
 from prompt_diffusion.training.loop import run_loop
 from prompt_diffusion.training.loss import InContextObjective, check_recipe
 from prompt_diffusion.training.plan import LoopPlan, OnStep
+from prompt_diffusion.training.preflight import check_base
 from prompt_diffusion.training.samples import open_training_data
 from prompt_diffusion.training.stage import PIPELINE_FOLDER, TrainInputs, identify_train
 from prompt_diffusion.training.validation import Validation
@@ -63,6 +64,9 @@ def run_train(
         return sealed
     base = load_base(config.base)
     check_recipe(config, base)
+    check_base(config, base, inputs)
+    if on_step is not None and world.is_main:
+        on_step({"hardware": world.describe()})
     cache = ShardCache(resources.cache_dir, resources.cache_bytes)
     data, held_out = (open_training_data(config, inputs, cache, split) for split in ("train", "validation"))
     controlnet = build_controlnet(config, base)

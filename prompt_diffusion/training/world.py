@@ -1,9 +1,11 @@
 """The processes of one training: who am I, how many are we, and how do we add things up."""
 
 import os
+import platform
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -20,11 +22,25 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = CPU
+    stop_requested: threading.Event = field(default_factory=threading.Event)
+    """The wish to stop: the loop saves and leaves; set by a signal, or by whoever runs the loop outside the main thread."""
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes checkpoints and reports."""
         return self.rank == 0
+
+    def describe(self) -> dict[str, str | int | float]:
+        """Return what this process runs on: device, processes in all, its machine's cores, threads and memory."""
+        is_gpu = self.device.type == "cuda"
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return {
+            "device": torch.cuda.get_device_name(self.device) if is_gpu else f"CPU {platform.machine()}",
+            "processes": self.size,
+            "threads_per_process": torch.get_num_threads(),
+            "cpu_cores": os.cpu_count() or 0,
+            "memory_gigabytes": round(memory / 1e9, 1),
+        }
 
     def sum_in_place(self, tensor: Tensor) -> None:
         """Replace the tensor by its sum over all processes."""

@@ -13,12 +13,12 @@ import safetensors.numpy
 
 from prompt_diffusion.store.manifest import open_manifest
 from prompt_diffusion.training.config import TrainResources
-from prompt_diffusion.training.launch import TrainSpec
+from prompt_diffusion.training.launch import LAUNCHER_VARIABLE, TrainSpec
 from prompt_diffusion.training.stage import identify_train
 
 
 def start(config, inputs, store, folder, resources):
-    spec = TrainSpec(config=config, inputs=inputs, store_root=store, resources=resources, parent_pid=os.getpid())
+    spec = TrainSpec(config=config, inputs=inputs, store_root=store, resources=resources)
     (folder / "spec.json").write_text(spec.model_dump_json())
     return subprocess.Popen(
         [sys.executable, "-m", "prompt_diffusion.training.run", str(folder / "spec.json")],
@@ -92,13 +92,13 @@ def test_children_stop_when_the_launching_process_is_gone(train_inputs, tiny_con
         inputs=train_inputs,
         store_root=str(tmp_path),
         resources=TrainResources(log_every_steps=1),
-        parent_pid=launcher.pid,
     )
     (tmp_path / "spec.json").write_text(spec.model_dump_json())
     child = subprocess.Popen(
         [sys.executable, "-m", "prompt_diffusion.training.run", str(tmp_path / "spec.json")],
         stdout=subprocess.PIPE,
         text=True,
+        env=os.environ | {LAUNCHER_VARIABLE: str(launcher.pid)},
     )
     next(read_events(child))
     launcher.kill()

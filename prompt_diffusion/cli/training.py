@@ -1,0 +1,96 @@
+"""Training from the command line: run it, or say beforehand what it would take."""
+
+import os
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from prompt_diffusion.cli.shared import OverridesOption, PresetOption, StoreOption, parse_overrides, say_errors
+
+if TYPE_CHECKING:
+    from prompt_diffusion.presets import RunConfig
+    from prompt_diffusion.training.forecast import Forecast
+
+
+@say_errors
+def train(
+    preset: PresetOption = "demo",
+    overrides: OverridesOption = None,
+    store: StoreOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take; train nothing.")] = False,
+    teraflops: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="With --dry-run: sustained TFLOP/s of a device, to predict the time."),
+    ] = None,
+) -> None:
+    """Train the model of all vision tasks, and what it needs before; a training that was stopped goes on.
+
+    Example: prompt-diffusion train --preset paper --set train.batch_size=256 --dry-run
+    """
+    changes = parse_overrides(overrides or [])
+    # the flows stand above the library: looked up by name here, where a person asked for one
+    embedded = import_module("flows.embedded")
+    if not dry_run:
+        # a thread that waits sleeps instead of spinning: on a machine that does other things too, spinning costs far more
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        print(f"model: {embedded.train_here(preset, changes, store, Path('outputs/prefect')).uri}")
+        return
+    from prompt_diffusion.presets import build_preset
+    from prompt_diffusion.training.forecast import forecast_training
+
+    config = build_preset(preset, changes)
+    forecast = forecast_training(config.train, config.resources.train, config.ingest.image_size)
+    _print_recipe(config)
+    try:
+        print(f"fingerprint: {embedded.find_train_identity(preset, changes, store).fingerprint}")
+    except (ValueError, OSError) as error:  # the stages before are not made, or cannot be found from here
+        print(f"fingerprint: known once the stages before are sealed ({error})")
+    _print_forecast(config, forecast, teraflops)
+
+
+def _print_recipe(config: "RunConfig") -> None:
+    """Print every field of the recipe, and those of the resources that are not at their defaults."""
+    print("recipe:")
+    for name, value in config.train.model_dump(mode="json").items():
+        print(f"  {name}: {value}")
+    print("resources that are not at their defaults:")
+    for name, value in config.resources.train.model_dump(mode="json", exclude_defaults=True).items():
+        print(f"  {name}: {value}")
+
+
+def _print_forecast(config: "RunConfig", forecast: "Forecast", teraflops: float | None) -> None:
+    from prompt_diffusion.training.forecast import PRESUMED_TERAFLOPS
+
+    resources = config.resources.train
+    print(f"base: {forecast.layout}")
+    print(
+        f"parameters: {forecast.trained_parameters / 1e6:.1f} M trained, {forecast.frozen_parameters / 1e6:.1f} M frozen"
+    )
+    print(
+        f"steps: {forecast.num_steps:,} of {config.train.batch_size} samples, {forecast.num_samples:,} samples in all"
+    )
+    print(
+        f"arithmetic: {forecast.gigaflop_per_sample:.3g} GFLOP a sample (forward and backward, counted on fake tensors)"
+    )
+    print(f"memory of each process, estimated: {_gigabytes(forecast.memory_bytes)}")
+    for name in ("weights", "gradients", "optimizer", "averages", "constant"):
+        title = "low-precision copies of weights" if name == "constant" else name
+        print(f"  {title}: {_gigabytes(getattr(forecast, f'{name}_bytes'))}")
+    each = _gigabytes(forecast.activations_bytes_per_sample)
+    print(f"  activations: {each} a sample, {forecast.device_samples} samples at once", end="")
+    print("" if resources.device_batch_size else " (all of its share; halved until the memory suffices)")
+    if resources.gradient_checkpointing:
+        print("  with gradient checkpointing the activations take less than that")
+    print(f"checkpoint: {_gigabytes(forecast.checkpoint_bytes)}")
+    rate = teraflops or PRESUMED_TERAFLOPS[config.train.precision]
+    hours = forecast.predict_seconds(rate, resources.num_processes) / 3600
+    source = "as given" if teraflops else f"presumed of an H100 in {config.train.precision}"
+    print(
+        f"time: {hours:.3g} hours, predicted, not measured: {resources.num_processes} x {rate:g} TFLOP/s sustained ({source})"
+    )
+
+
+def _gigabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.3g} GB"

@@ -1,0 +1,59 @@
+"""GPUs that trainings share: slots of a global concurrency limit of Prefect's, where its server has one of that name.
+
+`prefect gcl create gpu --limit 8` makes the limit for eight GPUs; without it, nothing waits for anything.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from prefect.client.orchestration import get_client
+from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectNotFound
+
+from prompt_diffusion.training.config import TrainResources
+
+GPU_LIMIT = "gpu"
+_LEASE_SECONDS = 300.0
+
+
+@contextmanager
+def occupy_gpus(resources: TrainResources) -> Iterator[None]:
+    """Hold a slot a process while the block runs, waiting until they are free; ValueError where the limit is too small.
+
+    Prefect renews the lease in a thread. Where this process dies, the slots are free again within five minutes.
+    """
+    limit = read_gpu_limit() if uses_gpus(resources) else None
+    if limit is None:
+        yield
+        return
+    if limit < resources.num_processes:
+        raise ValueError(
+            f"{resources.num_processes} processes need a GPU each, and the concurrency limit {GPU_LIMIT!r} has {limit} slots: "
+            f"lower num_processes, or raise it with `prefect gcl update {GPU_LIMIT} --limit {resources.num_processes}`"
+        )
+    # A renewal that fails ends no training: that would lose more than a slot that is given out twice.
+    with concurrency(
+        GPU_LIMIT,
+        occupy=resources.num_processes,
+        lease_duration=_LEASE_SECONDS,
+        raise_on_lease_renewal_failure=False,
+    ):
+        yield
+
+
+def uses_gpus(resources: TrainResources) -> bool:
+    """Say whether a training takes GPUs: 'auto' does where this machine has one, and on Ray's machines nobody can tell."""
+    if resources.device == "auto":
+        return resources.engine == "local" and any(Path("/dev").glob("nvidia[0-9]*"))
+    return resources.device == "cuda"
+
+
+def read_gpu_limit() -> int | None:
+    """Return the slots of the limit, None where the server has none or it is not active."""
+    with get_client(sync_client=True) as client:
+        try:
+            limit = client.read_global_concurrency_limit_by_name(GPU_LIMIT)
+        except ObjectNotFound:
+            return None
+    return limit.limit if limit.active else None

@@ -1,0 +1,147 @@
+"""Every engine runs the same training to its end, whatever is killed; a limit, a mistake and a terminal are heard."""
+
+import contextlib
+import logging
+import os
+import pty
+import shlex
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from prompt_diffusion.store.manifest import open_manifest
+from prompt_diffusion.training.config import TrainResources
+from prompt_diffusion.training.launch import TimeLimitError, launch_training
+from prompt_diffusion.training.stage import identify_train
+
+OFTEN = {"checkpoint_every_seconds": 1e-6, "log_every_steps": 1, "device_batch_size": 4}
+
+
+def find_processes(word):
+    """Return the processes below this one whose command line has the word."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if word in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def read_history(config, inputs, store):
+    manifest = open_manifest(identify_train(config, inputs).uri(store))
+    table = pq.read_table(Path(manifest.ref.uri) / "losses.parquet").to_pydict()
+    return manifest.counts, table
+
+
+@pytest.fixture(scope="module")
+def alone(train_inputs, tiny_config, tmp_path_factory):
+    """Train in one process without an interruption, and return counts and losses."""
+    store = str(tmp_path_factory.mktemp("alone"))
+    launch_training(tiny_config, train_inputs, store, TrainResources(**OFTEN))
+    return read_history(tiny_config, train_inputs, store)
+
+
+def check_same_training(found, expected):
+    """Check that every step was taken once, on the same samples, with the same losses up to the order of sums."""
+    (counts, table), (expected_counts, expected_table) = found, expected
+    assert counts == expected_counts
+    for column in ("step", "vision_task", "num_samples"):
+        assert table[column] == expected_table[column]
+    np.testing.assert_allclose(table["loss"], expected_table["loss"], rtol=1e-3)
+
+
+def test_torchrun_goes_on_after_the_loss_of_a_process(alone, train_inputs, tiny_config, tmp_path):
+    killed = []
+
+    def kill_at_step_3(event):
+        if event["step"] == 3 and not killed:
+            rank = next(p for p in find_processes("training.run") if p.environ().get("LOCAL_RANK") == "1")
+            killed.append(rank.pid)
+            rank.kill()
+
+    resources = TrainResources(num_processes=2, **OFTEN)
+    launch_training(tiny_config, train_inputs, str(tmp_path), resources, kill_at_step_3)
+    assert killed
+    check_same_training(read_history(tiny_config, train_inputs, str(tmp_path)), alone)
+
+
+@pytest.mark.timeout(240)
+def test_ray_train_goes_on_after_the_loss_of_a_worker(alone, train_inputs, tiny_config, tmp_path):
+    pytest.importorskip("ray", reason="no Ray: the extra 'ray' is not installed")
+    killed, steps = [], []
+
+    def kill_at_step_3(event):
+        steps.append(event["step"])
+        if event["step"] == 3 and not killed:
+            worker = find_processes("ray::RayTrainWorker")[-1]
+            killed.append(worker.pid)
+            worker.kill()
+
+    resources = TrainResources(engine="ray", device="cpu", num_processes=2, **OFTEN)
+    launch_training(tiny_config, train_inputs, str(tmp_path), resources, kill_at_step_3)
+    assert killed
+    assert steps[-1] == 10
+    check_same_training(read_history(tiny_config, train_inputs, str(tmp_path)), alone)
+
+
+def test_a_time_limit_stops_a_training_with_a_checkpoint(train_inputs, tiny_config, tmp_path):
+    config = tiny_config.model_copy(update={"num_steps": 100_000})
+    resources = TrainResources(num_processes=2, time_limit_seconds=30, log_every_steps=1, device_batch_size=3)
+    steps = []
+    with pytest.raises(TimeLimitError, match=r"time limit of 30 seconds: run the same command to go on"):
+        launch_training(config, train_inputs, str(tmp_path), resources, lambda event: steps.append(event["step"]))
+    assert find_processes("prompt_diffusion.training") == []
+    saved = [int(path.parent.name.removeprefix("step-")) for path in tmp_path.rglob("state.json")]
+    assert max(saved) >= steps[-1] > 0, "what was done since the last checkpoint is lost"
+
+
+def test_an_interrupt_of_the_launching_process_leaves_a_checkpoint(train_inputs, tiny_config, tmp_path):
+    config = tiny_config.model_copy(update={"num_steps": 100_000})
+
+    def interrupt(event):
+        if event["step"] == 4:
+            raise KeyboardInterrupt
+
+    resources = TrainResources(num_processes=2, log_every_steps=1, device_batch_size=3)
+    with pytest.raises(KeyboardInterrupt):
+        launch_training(config, train_inputs, str(tmp_path), resources, interrupt)
+    assert find_processes("prompt_diffusion.training") == []
+    assert list(tmp_path.rglob("state.json"))
+
+
+def test_a_mistake_that_only_the_training_can_see_is_one_sentence_and_no_restart(
+    train_inputs, tiny_config, tmp_path, capfd
+):
+    noise = tiny_config.noise.model_copy(update={"prediction_type": "epsilon"})
+    wrong = tiny_config.model_copy(update={"noise": noise})
+    with pytest.raises(ValueError, match="prediction_type is 'epsilon', but base") as caught:
+        launch_training(wrong, train_inputs, str(tmp_path), TrainResources(num_processes=2, **OFTEN))
+    assert "\n" not in str(caught.value)
+    assert "estart" not in capfd.readouterr().err
+
+
+def test_the_logged_command_works_by_hand_and_speaks_to_a_person(train_inputs, tiny_config, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="prompt_diffusion.training.launch")
+
+    def stop(event):
+        raise RuntimeError("the launching process ends")
+
+    resources = TrainResources(**OFTEN)
+    with pytest.raises(RuntimeError):
+        launch_training(tiny_config, train_inputs, str(tmp_path), resources, stop)
+    command = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("training: "))
+    terminal, end = pty.openpty()
+    process = subprocess.Popen(shlex.split(command.removeprefix("training: ")), stdout=end, stderr=subprocess.DEVNULL)
+    os.close(end)
+    text = b""
+    with contextlib.suppress(OSError):  # a terminal ends so
+        while piece := os.read(terminal, 4096):
+            text += piece
+    assert process.wait() == 0
+    lines = text.decode().splitlines()
+    assert any(line.startswith("step 9 of 10, loss ") and "samples/s" in line for line in lines)
+    assert lines[-1] == f"sealed: {identify_train(tiny_config, train_inputs).uri(str(tmp_path))}"
