@@ -66,9 +66,9 @@ def launch_training(
 ) -> ManifestRef:
     """Run stage ``train`` in other processes and return its sealed reference; at once if it is sealed already.
 
-    ``on_event`` hears the command, the hardware and what ``run_loop`` reports. ValueError, in one sentence, for a user's mistake, here or in the
-    training. ``TrainingStoppedError`` says that the run stopped and can go on. The processes never outlive this one by more
-    than the time of one step and a checkpoint.
+    ``on_event`` hears the command, the hardware and what ``run_loop`` reports. ValueError, in one sentence, for a user's
+    mistake, here or in the training. ``TrainingStoppedError`` says that the run stopped and can go on. The processes never
+    outlive this one by more than the time of one step and a checkpoint.
     """
     sealed = find_sealed(identify_train(config, inputs), store_root)
     if sealed is not None:

@@ -58,7 +58,7 @@ def test_torchrun_goes_on_after_the_loss_of_a_process(alone, train_inputs, tiny_
     killed = []
 
     def kill_at_step_3(event):
-        if event["step"] == 3 and not killed:
+        if event.get("step") == 3 and not killed:
             rank = next(p for p in find_processes("training.run") if p.environ().get("LOCAL_RANK") == "1")
             killed.append(rank.pid)
             rank.kill()
@@ -75,8 +75,8 @@ def test_ray_train_goes_on_after_the_loss_of_a_worker(alone, train_inputs, tiny_
     killed, steps = [], []
 
     def kill_at_step_3(event):
-        steps.append(event["step"])
-        if event["step"] == 3 and not killed:
+        steps.append(event.get("step"))
+        if event.get("step") == 3 and not killed:
             worker = find_processes("ray::RayTrainWorker")[-1]
             killed.append(worker.pid)
             worker.kill()
@@ -93,7 +93,7 @@ def test_a_time_limit_stops_a_training_with_a_checkpoint(train_inputs, tiny_conf
     resources = TrainResources(num_processes=2, time_limit_seconds=30, log_every_steps=1, device_batch_size=3)
     steps = []
     with pytest.raises(TimeLimitError, match=r"time limit of 30 seconds: run the same command to go on"):
-        launch_training(config, train_inputs, str(tmp_path), resources, lambda event: steps.append(event["step"]))
+        launch_training(config, train_inputs, str(tmp_path), resources, lambda event: steps.append(event.get("step")))
     assert find_processes("prompt_diffusion.training") == []
     saved = [int(path.parent.name.removeprefix("step-")) for path in tmp_path.rglob("state.json")]
     assert max(saved) >= steps[-1] > 0, "what was done since the last checkpoint is lost"
@@ -103,7 +103,7 @@ def test_an_interrupt_of_the_launching_process_leaves_a_checkpoint(train_inputs,
     config = tiny_config.model_copy(update={"num_steps": 100_000})
 
     def interrupt(event):
-        if event["step"] == 4:
+        if event.get("step") == 4:
             raise KeyboardInterrupt
 
     resources = TrainResources(num_processes=2, log_every_steps=1, device_batch_size=3)
