@@ -90,7 +90,8 @@ def away(tmp_path: Path) -> Settings:
 def identity(request: pytest.FixtureRequest) -> StageIdentity:
     """A training of this test's own: its name moves the fingerprint."""
     config = {"optimizer": {"name": "adamw", "clip_norm": None}, "vision_tasks": ("a", "b"), "base": request.node.name}
-    return StageIdentity(stage="train", version=1, config=config, inputs={"pairs": "1" * 32, "maps/depth": "2" * 32})
+    inputs = {"base": "0" * 64, "pairs": "1" * 32, "maps/depth": "2" * 32}
+    return StageIdentity(stage="train", version=1, config=config, inputs=inputs)
 
 
 @pytest.fixture
@@ -147,10 +148,15 @@ def test_a_run_says_what_is_trained_from_what_on_what(
     run = read_run(settings, identity)
     assert (run.info.run_name, run.info.status) == ("Prompt Diffusion", "FINISHED")
     expected = {"optimizer.name": "adamw", "optimizer.clip_norm": "None", "vision_tasks": "a, b"}
-    expected |= {"base": identity.config["base"], "input.pairs": "1" * 32, "input.maps/depth": "2" * 32}
+    expected |= {
+        "base": identity.config["base"],
+        "input.base": "0" * 64,
+        "input.pairs": "1" * 32,
+        "input.maps/depth": "2" * 32,
+    }
     assert run.data.params == expected
     datasets = {used.dataset.name: used.dataset.digest for used in run.inputs.dataset_inputs}
-    assert datasets == identity.inputs
+    assert datasets == {"pairs": "1" * 32, "maps/depth": "2" * 32}
     expected = {"fingerprint": identity.fingerprint}
     expected |= {"hardware.device": "NVIDIA H100", "hardware.num_processes": "8", "resources.compile": "True"}
     expected |= {"command": "python -m prompt_diffusion.training.run run.json", "best_step": "2"}
@@ -242,7 +248,9 @@ def test_without_a_server_a_training_ends_with_a_warning_and_a_command_delivers_
         assert "Traceback" not in result.stderr
         assert tracker.outbox.path.exists() == bool(code)
     assert read_history(settings, identity) == [(step, float(step)) for step in range(1, 10)]
-    assert read_run(settings, identity).info.status == "FINISHED"
+    run = read_run(settings, identity)
+    assert run.info.status == "FINISHED"
+    assert run.info.end_time - run.info.start_time < 1000.0 * (time.monotonic() - started)
 
 
 DYING_PROGRAM = """
