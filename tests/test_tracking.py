@@ -19,7 +19,7 @@ import pytest
 from prompt_diffusion.settings import Settings
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import ManifestRef, seal_manifest, write_file
-from prompt_diffusion.tracking.client import check_tracking_uri, connect, find_or_create_run
+from prompt_diffusion.tracking.client import EXPERIMENT, check_tracking_uri, connect
 from prompt_diffusion.tracking.delivery import find_folder
 from prompt_diffusion.tracking.facts import find_revision, flatten
 from prompt_diffusion.tracking.outbox import Outbox
@@ -118,16 +118,22 @@ def make_event(step: int, loss: float | None = None) -> dict[str, Any]:
     }
 
 
-def read_history(settings: Settings, identity: StageIdentity, key: str = "loss") -> list[tuple[int, float]]:
+def find_runs(settings: Settings, identity: StageIdentity) -> list[Any]:
     client = connect(settings)
-    run_id, is_new = find_or_create_run(client, settings, "new", identity.fingerprint)
-    assert not is_new
-    return [(point.step, point.value) for point in client.get_metric_history(run_id, key)]
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment is None:
+        return []
+    return list(client.search_runs([experiment.experiment_id], f"tags.fingerprint = '{identity.fingerprint}'"))
 
 
 def read_run(settings: Settings, identity: StageIdentity) -> Any:
-    client = connect(settings)
-    return client.get_run(find_or_create_run(client, settings, "new", identity.fingerprint)[0])
+    (run,) = find_runs(settings, identity)
+    return run
+
+
+def read_history(settings: Settings, identity: StageIdentity, key: str = "loss") -> list[tuple[int, float]]:
+    run = read_run(settings, identity)
+    return [(point.step, point.value) for point in connect(settings).get_metric_history(run.info.run_id, key)]
 
 
 def test_a_run_says_what_is_trained_from_what_on_what(
@@ -209,7 +215,7 @@ def test_what_a_killed_server_missed_arrives_once_and_in_order(
     with caplog.at_level(logging.INFO), RunTracker(settings, "through an outage", identity) as tracker:
         for step in range(1, 41):
             if step == 10:
-                wait_until(lambda: len(read_history(settings, identity)) == 9)
+                wait_until(lambda: find_runs(settings, identity) and len(read_history(settings, identity)) == 9)
                 server.kill()
             if step == 30:
                 server.start()
@@ -237,6 +243,7 @@ def test_without_a_server_a_training_ends_with_a_warning_and_a_command_delivers_
         for step in range(1, 10):
             tracker.log_event(make_event(step))
         tracker.finish(model, limit_seconds=0.5)
+    ended = time.time() * 1000.0
     warning = caplog.records[-1].message
     assert str(tracker.outbox.path) in warning
     assert "-m prompt_diffusion.tracking" in warning
@@ -250,6 +257,10 @@ def test_without_a_server_a_training_ends_with_a_warning_and_a_command_delivers_
     assert read_history(settings, identity) == [(step, float(step)) for step in range(1, 10)]
     run = read_run(settings, identity)
     assert run.info.status == "FINISHED"
+    points = connect(settings).get_metric_history(run.info.run_id, "loss")
+    assert all(
+        run.info.start_time <= point.timestamp <= ended for point in points
+    )  # when they were, not when they came
     assert run.info.end_time - run.info.start_time < 1000.0 * (time.monotonic() - started)
 
 
@@ -308,6 +319,8 @@ def test_after_a_fault_each_point_stands_once(
                 tracker.log_event(make_event(step))
             tracker.finish(model)
         assert proxy.num_faults == 2
+        if part == "health":
+            assert proxy.requests[:3] == [("GET", "/health")] * 3  # nothing is asked of a server that is unwell
     assert read_history(settings, identity) == [(step, float(step)) for step in range(1, 10)]
 
 
