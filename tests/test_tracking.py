@@ -19,7 +19,7 @@ import pytest
 from prompt_diffusion.settings import Settings
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import ManifestRef, seal_manifest, write_file
-from prompt_diffusion.tracking.client import check_tracking_uri, connect, find_or_create_run
+from prompt_diffusion.tracking.client import EXPERIMENT, check_tracking_uri, connect
 from prompt_diffusion.tracking.delivery import find_folder
 from prompt_diffusion.tracking.facts import find_revision, flatten
 from prompt_diffusion.tracking.outbox import Outbox
@@ -90,7 +90,8 @@ def away(tmp_path: Path) -> Settings:
 def identity(request: pytest.FixtureRequest) -> StageIdentity:
     """A training of this test's own: its name moves the fingerprint."""
     config = {"optimizer": {"name": "adamw", "clip_norm": None}, "vision_tasks": ("a", "b"), "base": request.node.name}
-    return StageIdentity(stage="train", version=1, config=config, inputs={"pairs": "1" * 32, "maps/depth": "2" * 32})
+    inputs = {"base": "0" * 64, "pairs": "1" * 32, "maps/depth": "2" * 32}
+    return StageIdentity(stage="train", version=1, config=config, inputs=inputs)
 
 
 @pytest.fixture
@@ -117,16 +118,22 @@ def make_event(step: int, loss: float | None = None) -> dict[str, Any]:
     }
 
 
-def read_history(settings: Settings, identity: StageIdentity, key: str = "loss") -> list[tuple[int, float]]:
+def find_runs(settings: Settings, identity: StageIdentity) -> list[Any]:
     client = connect(settings)
-    run_id, is_new = find_or_create_run(client, settings, "new", identity.fingerprint)
-    assert not is_new
-    return [(point.step, point.value) for point in client.get_metric_history(run_id, key)]
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment is None:
+        return []
+    return list(client.search_runs([experiment.experiment_id], f"tags.fingerprint = '{identity.fingerprint}'"))
 
 
 def read_run(settings: Settings, identity: StageIdentity) -> Any:
-    client = connect(settings)
-    return client.get_run(find_or_create_run(client, settings, "new", identity.fingerprint)[0])
+    (run,) = find_runs(settings, identity)
+    return run
+
+
+def read_history(settings: Settings, identity: StageIdentity, key: str = "loss") -> list[tuple[int, float]]:
+    run = read_run(settings, identity)
+    return [(point.step, point.value) for point in connect(settings).get_metric_history(run.info.run_id, key)]
 
 
 def test_a_run_says_what_is_trained_from_what_on_what(
@@ -147,10 +154,15 @@ def test_a_run_says_what_is_trained_from_what_on_what(
     run = read_run(settings, identity)
     assert (run.info.run_name, run.info.status) == ("Prompt Diffusion", "FINISHED")
     expected = {"optimizer.name": "adamw", "optimizer.clip_norm": "None", "vision_tasks": "a, b"}
-    expected |= {"base": identity.config["base"], "input.pairs": "1" * 32, "input.maps/depth": "2" * 32}
+    expected |= {
+        "base": identity.config["base"],
+        "input.base": "0" * 64,
+        "input.pairs": "1" * 32,
+        "input.maps/depth": "2" * 32,
+    }
     assert run.data.params == expected
     datasets = {used.dataset.name: used.dataset.digest for used in run.inputs.dataset_inputs}
-    assert datasets == identity.inputs
+    assert datasets == {"pairs": "1" * 32, "maps/depth": "2" * 32}
     expected = {"fingerprint": identity.fingerprint}
     expected |= {"hardware.device": "NVIDIA H100", "hardware.num_processes": "8", "resources.compile": "True"}
     expected |= {"command": "python -m prompt_diffusion.training.run run.json", "best_step": "2"}
@@ -203,7 +215,7 @@ def test_what_a_killed_server_missed_arrives_once_and_in_order(
     with caplog.at_level(logging.INFO), RunTracker(settings, "through an outage", identity) as tracker:
         for step in range(1, 41):
             if step == 10:
-                wait_until(lambda: len(read_history(settings, identity)) == 9)
+                wait_until(lambda: find_runs(settings, identity) and len(read_history(settings, identity)) == 9)
                 server.kill()
             if step == 30:
                 server.start()
@@ -231,6 +243,7 @@ def test_without_a_server_a_training_ends_with_a_warning_and_a_command_delivers_
         for step in range(1, 10):
             tracker.log_event(make_event(step))
         tracker.finish(model, limit_seconds=0.5)
+    ended = time.time() * 1000.0
     warning = caplog.records[-1].message
     assert str(tracker.outbox.path) in warning
     assert "-m prompt_diffusion.tracking" in warning
@@ -242,7 +255,13 @@ def test_without_a_server_a_training_ends_with_a_warning_and_a_command_delivers_
         assert "Traceback" not in result.stderr
         assert tracker.outbox.path.exists() == bool(code)
     assert read_history(settings, identity) == [(step, float(step)) for step in range(1, 10)]
-    assert read_run(settings, identity).info.status == "FINISHED"
+    run = read_run(settings, identity)
+    assert run.info.status == "FINISHED"
+    points = connect(settings).get_metric_history(run.info.run_id, "loss")
+    assert all(
+        run.info.start_time <= point.timestamp <= ended for point in points
+    )  # when they were, not when they came
+    assert run.info.end_time - run.info.start_time < 1000.0 * (time.monotonic() - started)
 
 
 DYING_PROGRAM = """
@@ -300,6 +319,8 @@ def test_after_a_fault_each_point_stands_once(
                 tracker.log_event(make_event(step))
             tracker.finish(model)
         assert proxy.num_faults == 2
+        if part == "health":
+            assert proxy.requests[:3] == [("GET", "/health")] * 3  # nothing is asked of a server that is unwell
     assert read_history(settings, identity) == [(step, float(step)) for step in range(1, 10)]
 
 

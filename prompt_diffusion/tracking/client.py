@@ -80,14 +80,19 @@ def knock(settings: Settings) -> None:
         raise ConnectionError(f"{settings.tracking_uri} answers with status {answer.status_code}")
 
 
-def find_or_create_run(client: "MlflowClient", settings: Settings, name: str, fingerprint: str) -> tuple[str, bool]:
-    """Return the id of the run that has the fingerprint, and whether it was created now, under that name."""
+def find_or_create_run(
+    client: "MlflowClient", settings: Settings, name: str, fingerprint: str, start_time: int | None = None
+) -> tuple[str, bool]:
+    """Return the id of the run that has the fingerprint, and whether it was created now, under that name.
+
+    It begins at ``start_time`` (milliseconds since 1970; None is now).
+    """
     with _LOCK:
         experiment = _find_or_create_experiment(client, settings)
         found = client.search_runs([experiment], f"tags.{FINGERPRINT_TAG} = '{fingerprint}'", max_results=1)
         if found:
             return str(found[0].info.run_id), False
-        run = client.create_run(experiment, run_name=name, tags={FINGERPRINT_TAG: fingerprint})
+        run = client.create_run(experiment, start_time, tags={FINGERPRINT_TAG: fingerprint}, run_name=name)
         return str(run.info.run_id), True
 
 
@@ -99,6 +104,4 @@ def _find_or_create_experiment(client: "MlflowClient", settings: Settings) -> st
     if settings.tracking_uri.startswith("sqlite:///"):
         database = Path(settings.tracking_uri.removeprefix("sqlite:///"))
         location = (database.parent / "mlartifacts").resolve().as_uri()
-    # Else the page takes the runs for evaluations of language models, and looks so.
-    tags = {"mlflow.experimentKind": "custom_model_development"}
-    return str(client.create_experiment(EXPERIMENT, artifact_location=location, tags=tags))
+    return str(client.create_experiment(EXPERIMENT, artifact_location=location))

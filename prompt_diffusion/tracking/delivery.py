@@ -54,7 +54,8 @@ class Courier:
     def _attach(self) -> "MlflowClient":
         """Find or make the training's run, and ask how far each of its metrics has come."""
         client, fingerprint = connect(self.settings), self.outbox.fingerprint
-        self._run_id, is_new = find_or_create_run(client, self.settings, f"train-{fingerprint[:8]}", fingerprint)
+        began = next((record["time"] for record in self.outbox.read(0)[0] if "run" in record), None)
+        self._run_id, is_new = find_or_create_run(client, self.settings, f"train-{fingerprint[:8]}", fingerprint, began)
         if is_new:
             self.position = 0
         keys = client.get_run(self._run_id).data.metrics

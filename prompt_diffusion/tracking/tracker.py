@@ -52,8 +52,9 @@ class RunTracker:
         check_tracking_uri(settings.tracking_uri)
         self.outbox = Outbox(find_folder(settings), identity.fingerprint)
         self.outbox.open()
-        inputs = {f"input.{role}": fingerprint for role, fingerprint in identity.inputs.items()}
-        self.outbox.write({"run": name, "params": flatten(identity.config) | inputs, "datasets": identity.inputs})
+        params = flatten(identity.config) | flatten({"input": identity.inputs})
+        datasets = {role: fingerprint for role, fingerprint in identity.inputs.items() if role != "base"}  # weights
+        self.outbox.write({"run": name, "params": params, "datasets": datasets, "time": _now()})
         self._facts: dict[str, str] = {}
         self.set_tags({FINGERPRINT_TAG: identity.fingerprint, **collect_tags(), **(tags or {})})
         self._courier = Courier(settings, self.outbox)
@@ -136,7 +137,9 @@ class RunTracker:
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
                 continue
             if pause > _FIRST_PAUSE_SECONDS:
-                logger.info("MLflow answers again and has heard all that it missed")
+                logger.warning(
+                    "MLflow answers again and has heard all that it missed"
+                )  # seen by whom the first was seen
             pause = _FIRST_PAUSE_SECONDS
             if is_last:
                 return
