@@ -14,6 +14,7 @@ from torch.multiprocessing.spawn import spawn
 
 from prompt_diffusion.data.sampler import split_batch
 from prompt_diffusion.store.storage import join_uri
+from prompt_diffusion.training import world as world_module
 from prompt_diffusion.training.checkpoint import Progress, list_checkpoints
 from prompt_diffusion.training.config import OptimizerConfig, TrainResources
 from prompt_diffusion.training.feed import Feed
@@ -378,11 +379,24 @@ def test_a_signal_saves_and_ends(tmp_path):
     assert torch.equal(resumed.weight, whole.weight)
 
 
+def _sum_gradients_in_small_buckets(world: World) -> list[list[float]]:
+    """Sum gradients of 3, 2 and 6 numbers (the latter not as they lie in memory), 5 and 1, where 6 numbers fill a message."""
+    world_module._BUCKET_BYTES = 6 * 4
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in (3, 2, (2, 3), 4, 5, 1)]
+    for number, parameter in enumerate(parameters):
+        if number != 3:  # one that has none
+            values = torch.arange(float(parameter.numel())) + 10 * number + 100 * world.rank
+            parameter.grad = values.view(3, 2).T if number == 2 else values
+    world.sum_gradients(parameters)
+    return [parameter.grad.flatten().tolist() for parameter in parameters if parameter.grad is not None]
+
+
 def _train_by_two_by_one_by_two(rank: int, folder: str, port: int) -> None:
     """Steps 1 to 3 by two processes, 4 to 6 by one, 7 to 9 by two; a signal to the last process ends the first parts."""
     os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     result = {"asked": []}
     with join_world("cpu", 1) as both:
+        result["sums"] = _sum_gradients_in_small_buckets(both)
         for world, until in ((both, 3), (ALONE, 6), (both, 9)):
             if rank < world.size:
                 objective = Parabola()
@@ -409,6 +423,8 @@ def test_two_processes_one_and_two_again_see_one_stream_and_lose_nothing(tmp_pat
     assert sorted(stream) == list(range(9 * BATCH_SIZE)), "a sample came twice, or never"
     alone = Parabola()
     progress = train(tmp_path / "alone", alone, num_steps=9, device_batch_size=3)
+    expected = [[0, 1, 2], [10, 11], [20, 22, 24, 21, 23, 25], [40, 41, 42, 43, 44], [50]]
+    assert first["sums"] == second["sums"] == [[2 * value + 100 for value in values] for values in expected]
     assert first["weight"] == second["weight"]
     # the same sums in another order, in float32: 6e-8 a rounding, a few roundings in nine steps
     torch.testing.assert_close(torch.tensor(first["weight"]), alone.weight.detach(), rtol=1e-6, atol=1e-6)

@@ -68,3 +68,18 @@ def test_every_parameter_has_exactly_one_optimizer():
     owned = [{id(p) for group in o.param_groups for p in group["params"]} for o in (muon, adamw)]
     assert owned[0] == {id(parameters["conv.weight"])}
     assert owned[1] == {id(parameters["norm.weight"]), id(parameters["token_embedding.weight"])}
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 3, 3, 3)])
+def test_fused_adamw_is_the_plain_one_up_to_rounding(shape):
+    torch.manual_seed(0)
+    start, gradients = torch.randn(shape), [torch.randn(shape) for _ in range(20)]
+    ours, plain = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    (fused,) = build_optimizers({"weight": ours}, OptimizerConfig(learning_rate=0.01, weight_decay=0.1))
+    written_out = torch.optim.AdamW([plain], lr=0.01, weight_decay=0.1, foreach=False, fused=False)
+    for gradient in gradients:
+        ours.grad, plain.grad = gradient.clone(), gradient.clone()
+        fused.step()
+        written_out.step()
+    assert fused.param_groups[0]["fused"]
+    torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-6)
