@@ -8,6 +8,7 @@ that the command, which is logged, can be run by hand, on any machine that reach
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -63,11 +64,12 @@ def launch_training(
     store_root: str,
     resources: TrainResources,
     on_event: OnEvent | None = None,
+    log: Callable[[str], None] = logger.info,
 ) -> ManifestRef:
     """Run stage ``train`` in other processes and return its sealed reference; at once if it is sealed already.
 
-    ``on_event`` hears what ``run_loop`` reports. ValueError, in one sentence, for a user's mistake, here or in the
-    training. ``TrainingStoppedError`` says that the run stopped and can go on. The processes never outlive this one by more
+    ``on_event`` hears what ``run_loop`` reports, ``log`` the command, as it can be run by hand. ValueError, in one sentence,
+    for a user's mistake, here or in the training. ``TrainingStoppedError`` says that the run stopped and can go on. The processes never outlive this one by more
     than the time of one step and a checkpoint.
     """
     sealed = find_sealed(identify_train(config, inputs), store_root)
@@ -79,7 +81,7 @@ def launch_training(
             "the engine 'ray' needs the extra 'ray', which is not installed here: install prompt-diffusion[ray]"
         )
     command = build_command(write_spec(config, inputs, store_root, resources), resources)
-    logger.info("training: %s", " ".join(command))
+    log(f"training: {shlex.join(command)}")
     final = _run(command, resources, on_event)
     if "sealed" not in final:
         raise TrainingStoppedError("the training was stopped: run the same command to go on from its last checkpoint")
