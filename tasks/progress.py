@@ -83,6 +83,8 @@ def log_training(name: str) -> Callable[[dict[str, Any]], None]:
 
     def report(event: dict[str, Any]) -> None:
         nonlocal said, said_losses
+        if "command" in event:
+            logger.info("%s, by hand: %s", name, event["command"])
         if "hardware" in event:
             logger.info("%s: %s", name, describe_hardware(event["hardware"]))
         if "validation_loss" in event:

@@ -55,8 +55,9 @@ def _print_recipe(config: "RunConfig") -> None:
     print("recipe:")
     for name, value in config.train.model_dump(mode="json").items():
         print(f"  {name}: {value}")
-    print("resources that are not at their defaults:")
-    for name, value in config.resources.train.model_dump(mode="json", exclude_defaults=True).items():
+    changed = config.resources.train.model_dump(mode="json", exclude_defaults=True)
+    print(f"resources: {'those below, the rest' if changed else 'all'} at their defaults")
+    for name, value in changed.items():
         print(f"  {name}: {value}")
 
 
@@ -85,11 +86,10 @@ def _print_forecast(config: "RunConfig", forecast: "Forecast", teraflops: float 
         print("  with gradient checkpointing the activations take less than that")
     print(f"checkpoint: {_gigabytes(forecast.checkpoint_bytes)}")
     rate = teraflops or PRESUMED_TERAFLOPS[config.train.precision]
-    hours = forecast.predict_seconds(rate, resources.num_processes) / 3600
+    seconds = forecast.predict_seconds(rate, resources.num_processes)
+    time = f"{seconds / 3600:.3g} hours" if seconds > 3600 else f"{seconds:.3g} seconds"
     source = "as given" if teraflops else f"presumed of an H100 in {config.train.precision}"
-    print(
-        f"time: {hours:.3g} hours, predicted, not measured: {resources.num_processes} x {rate:g} TFLOP/s sustained ({source})"
-    )
+    print(f"time: {time}, predicted, not measured: {resources.num_processes} x {rate:g} TFLOP/s sustained ({source})")
 
 
 def _gigabytes(num_bytes: int) -> str:

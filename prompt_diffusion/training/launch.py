@@ -8,6 +8,7 @@ that the command, which is logged, can be run by hand, on any machine that reach
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -79,9 +80,9 @@ def launch_training(
             "the engine 'ray' needs the extra 'ray', which is not installed here: install prompt-diffusion[ray]"
         )
     command = build_command(write_spec(config, inputs, store_root, resources), resources)
-    logger.info("training: %s", " ".join(command))
+    logger.info("training: %s", shlex.join(command))
     if on_event is not None:
-        on_event({"command": " ".join(command)})
+        on_event({"command": shlex.join(command)})
     final = _run(command, resources, on_event)
     if "sealed" not in final:
         raise TrainingStoppedError("the training was stopped: run the same command to go on from its last checkpoint")

@@ -7,6 +7,7 @@ from the newest checkpoint in the store, the only storage that they share. Event
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -31,6 +32,7 @@ from prompt_diffusion.training.world import World
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_TO_CONNECT = 10.0
 _OBJECT_STORE_BYTES = 1 << 27  # of a local cluster: nothing large goes through it
 
 
@@ -163,6 +165,7 @@ def _join_cluster(resources: TrainResources) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # a relative path means the same to the workers
     if resources.ray_address is not None:
+        _check_address(resources.ray_address)
         ray.init(address=resources.ray_address, logging_level=logging.WARNING)
     else:
         ray.init(
@@ -176,6 +179,17 @@ def _join_cluster(resources: TrainResources) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Raise ValueError where nothing listens at a cluster's address: Ray itself would try for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not port.isdigit():
+        return  # "auto" and the like: no address, and Ray looks at this machine alone
+    try:
+        socket.create_connection((host, int(port)), timeout=_SECONDS_TO_CONNECT).close()
+    except OSError as error:
+        raise ValueError(f"no Ray cluster answers at ray_address {address!r}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -101,6 +101,7 @@ def run_loop(
             if stops:
                 writer.wait()
                 world.wait_for_all()  # a launcher ends the others once one has left
+                stop_requested.clear()  # as was wished: whoever goes on in this process is not stopped by it
                 raise Stopped(f"stopped at step {progress.step} of {plan.num_steps}; run the same command to go on")
     if averages:
         _move_averages(parameters, averages, 0.0)

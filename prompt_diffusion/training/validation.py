@@ -13,6 +13,7 @@ from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.grid import render_validation_grid
 from prompt_diffusion.training.loss import InContextObjective
 from prompt_diffusion.training.samples import TrainingData
+from prompt_diffusion.vision_tasks import ExamplePolicy
 
 NUM_SAMPLES = 96
 _SAMPLES_AT_ONCE = 8
@@ -32,6 +33,10 @@ class Validation:
         on_event: Callable[[dict[str, Any]], None] | None,
     ) -> None:
         """Take the networks that are trained; grids are written below ``uri``, and told to ``on_event``."""
+        if any(len(set(each.rows.group_ids)) == 1 for each in data.values()):
+            # no other prompt group to take an example from: the query's own twin stands in
+            own: dict[ExamplePolicy, float] = {"same_row": 1.0}
+            config = config.model_copy(update={"image_to_map_examples": own, "map_to_image_examples": own})
         self.config, self.base, self.controlnet, self.data = config, base, controlnet, data
         self.device, self.uri, self.on_event = device, uri, on_event
         self.objective = InContextObjective(config, base, controlnet, data, device)

@@ -3,16 +3,23 @@
 import csv
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import prompt_diffusion
 from flows.run import start_run
 from flows.train import build_custom_overrides, prepare_custom_inputs, train_custom, train_six_task
 from prompt_diffusion.data.ingest import IngestConfig, build_source
+from prompt_diffusion.data.shard_cache import ShardCache
 from prompt_diffusion.data.sources.scenes import ScenesConfig
 from prompt_diffusion.store.manifest import open_manifest
 from prompt_diffusion.store.storage import list_files
+from prompt_diffusion.training.config import TrainResources
+from prompt_diffusion.training.samples import draw_sample, open_training_data
 from prompt_diffusion.training.stage import identify_train
+from prompt_diffusion.training.train import run_train
+from prompt_diffusion.training.world import World
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("in_process")]
 
@@ -47,7 +54,7 @@ def test_a_folder_of_pairs_becomes_a_registered_model_that_goes_on_from_another(
     ref = train_custom(str(pairs), "sketch", model=start, steps=2, preset="smoke", overrides=FAST, store=store)
     manifest, before = open_manifest(ref.uri), open_manifest(joint.uri)
     assert manifest.identity.config["vision_tasks"] == ["sketch_to_image"]
-    assert set(manifest.identity.inputs) == {"base", "controlnet", "pairs", "maps/sketch", "latents/image"}
+    assert set(manifest.identity.inputs) == {"base", "controlnet", "pairs", "text", "maps/sketch", "latents/image"}
     assert not {"base", "controlnet"} & set(manifest.identity.config)
     assert str(tmp_path) not in manifest.identity.model_dump_json()
 
@@ -82,6 +89,17 @@ def test_mixed_reads_each_vision_task_from_the_dataset_that_has_its_maps(pairs, 
     roles = identify_train(run.config.train, inputs).inputs
     assert roles["dataset-2/maps/sketch"] == own.maps["sketch"].fingerprint
     assert open_manifest(own.pairs.uri).identity.config["image_size"] == 64
+
+    # every sample comes from the dataset of its vision task, and a step of all seven can be taken
+    data = open_training_data(run.config.train, inputs, ShardCache(tmp_path / "cache"), "train")
+    for draw in (draw_sample(run.config.train, data, index) for index in range(60)):
+        of = own if draw.vision_task.name == "sketch_to_image" else six
+        assert draw.data.rows.pairs.ref == of.pairs
+    recipe = run.config.train.model_copy(update={"batch_size": 14})
+    ref = run_train(recipe, inputs, run.store, TrainResources(validate_every_steps=None), World())
+    losses = pq.read_table(pa.BufferReader(open_manifest(ref.uri).read_file("losses.parquet")))
+    assert "sketch_to_image" in losses["vision_task"].to_pylist()
+    assert sum(losses["num_samples"].to_pylist()) == 14
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Every engine runs the same training to its end, whatever is killed; a limit, a mistake and a terminal are heard."""
 
 import contextlib
-import logging
 import os
 import pty
 import shlex
@@ -124,18 +123,33 @@ def test_a_mistake_that_only_the_training_can_see_is_one_sentence_and_no_restart
     assert "estart" not in capfd.readouterr().err
 
 
-def test_the_logged_command_works_by_hand_and_speaks_to_a_person(train_inputs, tiny_config, tmp_path, caplog):
-    caplog.set_level(logging.INFO, logger="prompt_diffusion.training.launch")
+def test_ray_that_is_not_installed_is_named(train_inputs, tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr("prompt_diffusion.training.launch.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="the engine 'ray' needs the extra 'ray'"):
+        launch_training(tiny_config, train_inputs, str(tmp_path), TrainResources(engine="ray"))
+
+
+def test_a_ray_cluster_that_does_not_answer_is_named_at_once(train_inputs, tiny_config, tmp_path):
+    pytest.importorskip("ray", reason="no Ray: the extra 'ray' is not installed")
+    resources = TrainResources(engine="ray", ray_address="127.0.0.1:1")
+    with pytest.raises(ValueError, match=r"no Ray cluster answers at ray_address '127\.0\.0\.1:1'"):
+        launch_training(tiny_config, train_inputs, str(tmp_path), resources)
+
+
+def test_the_logged_command_works_by_hand_and_speaks_to_a_person(train_inputs, tiny_config, tmp_path):
+    said = []
 
     def stop(event):
-        raise RuntimeError("the launching process ends")
+        if "command" not in event:
+            raise RuntimeError("the launching process ends")
+        said.append(event["command"])
 
     resources = TrainResources(**OFTEN)
     with pytest.raises(RuntimeError):
         launch_training(tiny_config, train_inputs, str(tmp_path), resources, stop)
-    command = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("training: "))
+    [command] = said
     terminal, end = pty.openpty()
-    process = subprocess.Popen(shlex.split(command.removeprefix("training: ")), stdout=end, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(shlex.split(command), stdout=end, stderr=subprocess.DEVNULL)
     os.close(end)
     text = b""
     with contextlib.suppress(OSError):  # a terminal ends so
