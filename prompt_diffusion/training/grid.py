@@ -24,13 +24,14 @@ def render_validation_grid(
     ``rows_of``: the rows that each vision task is shown on.
     """
     rows = []
+    num_samples = min(_SAMPLES, *(data.num_rows for data in rows_of.values()))
     pipeline.set_progress_bar_config(disable=True)
     for name in config.vision_tasks:
         task, data = find_vision_task(name), rows_of[name]
         policy: ExamplePolicy = "other_group" if len(set(data.group_ids)) > 1 else "same_row"
         samples = [
             data.assemble(task, row, data.choose_example(policy, row, sample_generator(config.seed, row)))
-            for row in range(min(_SAMPLES, data.num_rows))
+            for row in range(num_samples)
         ]
         sources, targets, queries = (
             np.stack([getattr(sample, field) for sample in samples])
