@@ -69,8 +69,8 @@ def launch_training(
     """Run stage ``train`` in other processes and return its sealed reference; at once if it is sealed already.
 
     ``on_event`` hears what ``run_loop`` reports, ``log`` the command, as it can be run by hand. ValueError, in one sentence,
-    for a user's mistake, here or in the training. ``TrainingStoppedError`` says that the run stopped and can go on. The processes never outlive this one by more
-    than the time of one step and a checkpoint.
+    for a user's mistake, here or in the training. ``TrainingStoppedError`` says that the run stopped and can go on. The
+    processes never outlive this one by more than the time of one step and a checkpoint.
     """
     sealed = find_sealed(identify_train(config, inputs), store_root)
     if sealed is not None:
@@ -110,9 +110,12 @@ def build_command(spec_uri: str, resources: TrainResources) -> list[str]:
     target = ["-m", "prompt_diffusion.training.run", spec_uri]
     if resources.num_processes == 1:
         return [sys.executable, *target]
+    # torch 2.15's processes meet again, after a restart, in the store of the attempt before, and look for its dead at
+    # addresses that nothing listens on: each attempt then fails or hangs, now and again. May go when that is mended.
+    own_store = ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={resources.num_processes}"]
     patience = [f"--max-restarts={MAX_RESTARTS}", f"--shutdown-timeout={SAVING_SECONDS}"]
-    return [sys.executable, *torchrun, *patience, *target]
+    return [*own_store, sys.executable, *torchrun, *patience, *target]
 
 
 def _run(command: list[str], resources: TrainResources, on_event: OnEvent | None) -> dict[str, Any]:
