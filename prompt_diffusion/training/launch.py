@@ -111,9 +111,12 @@ def build_command(spec_uri: str, resources: TrainResources) -> list[str]:
     target = ["-m", "prompt_diffusion.training.run", spec_uri]
     if resources.num_processes == 1:
         return [sys.executable, *target]
+    # torch 2.15's processes meet again, after a restart, in the store of the attempt before, and look for its dead at
+    # addresses that nothing listens on: each attempt then fails or hangs, now and again. May go when that is mended.
+    own_store = ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={resources.num_processes}"]
     patience = [f"--max-restarts={MAX_RESTARTS}", f"--shutdown-timeout={SAVING_SECONDS}"]
-    return [sys.executable, *torchrun, *patience, *target]
+    return [*own_store, sys.executable, *torchrun, *patience, *target]
 
 
 def _run(command: list[str], resources: TrainResources, on_event: OnEvent | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -59,21 +60,24 @@ def whole(train_inputs, tiny_config, tmp_path_factory):
     return read_result(tiny_config, train_inputs, str(folder))
 
 
-@pytest.mark.parametrize(("kill", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
-def test_ten_steps_equal_five_and_a_kill_and_the_rest_bit_for_bit(
-    whole, train_inputs, tiny_config, tmp_path, resources, kill, code
+@pytest.mark.parametrize(("kill", "code", "num_kills"), [(signal.SIGKILL, -9, 2), (signal.SIGTERM, 75, 1)])
+def test_ten_steps_equal_some_and_a_kill_and_the_rest_bit_for_bit(
+    whole, train_inputs, tiny_config, tmp_path, resources, kill, code, num_kills
 ):
-    process = start(tiny_config, train_inputs, str(tmp_path), tmp_path, resources)
-    for event in read_events(process):
-        if event.get("step") == 5:
-            process.send_signal(kill)
-            break
-    process.stdout.read()
-    assert process.wait() == code
+    seed = random.randrange(10**6)
+    ends = sorted(random.Random(seed).sample(range(3, 9), num_kills))
+    for end in ends:
+        process = start(tiny_config, train_inputs, str(tmp_path), tmp_path, resources)
+        for event in read_events(process):
+            if event.get("step", 0) >= end:
+                process.send_signal(kill)
+                break
+        process.stdout.read()
+        assert process.wait() == code, f"seed {seed}"
     again = start(tiny_config, train_inputs, str(tmp_path), tmp_path, resources)
     steps = [event["step"] for event in read_events(again) if "step" in event]
     assert again.wait() == 0
-    assert steps[0] > 1, "the second run began at the beginning"
+    assert steps[0] > 1, f"the last run began at the beginning (seed {seed})"
     weights, losses, grid = read_result(tiny_config, train_inputs, str(tmp_path))
     for part, expected in whole[0].items():
         assert weights[part].keys() == expected.keys()
