@@ -120,7 +120,9 @@ class ShardCache:
             partial.mkdir()
             layout = {}
             for name, values in columns.items():
-                values.tofile(partial / name)
+                with (partial / name).open("wb") as file:
+                    values.tofile(file)
+                    os.fsync(file.fileno())  # on the disk before it gets its name: nothing checks it later
                 layout[name] = {"shape": values.shape[1:], "dtype": values.dtype.str}
             (partial / _LAYOUT_FILE).write_text(json.dumps(layout))
             os.replace(partial, place)
