@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _BUCKET = "tests"
 _START_TIMEOUT_SECONDS = 60
+_LONG_FILES = ("test_launch.py", "test_reproduce.py", "test_deployments.py", "test_train_custom.py", "test_train.py")
 _PORT_OPTIONS = (
     "master.port",
     "master.port.grpc",
@@ -30,6 +31,11 @@ _PORT_OPTIONS = (
     "s3.port.grpc",
     "admin.port",
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that two workers end at about the same time."""
+    items.sort(key=lambda item: item.path.name not in _LONG_FILES)
 
 
 @pytest.fixture(scope="session", autouse=True)
