@@ -99,6 +99,7 @@ def test_every_kind_of_event_is_told_and_the_bar_follows_the_steps(
         report(STEP | {"step": 1260})
         report({"step": 1250, "num_steps": 5000, "validation_loss": 0.25, "is_best": True})
     assert [record.message for record in caplog.records] == [
+        "joint, by hand: python -m prompt_diffusion.training.run run.json",
         "joint: device NVIDIA H100, num processes 8",
         f"joint {describe_step(STEP)}",
         "losses depth→image 0.123, hed→image 0.200",
