@@ -230,7 +230,7 @@ def main() -> None:
     has_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--divisor", type=int, default=1 if has_gpu else 5, help="how much narrower than SD v1.5")
-    parser.add_argument("--batch-size", type=int, default=64 if has_gpu else 4)
+    parser.add_argument("--batch-size", type=int, default=64 if has_gpu else 8)
     parser.add_argument("--rounds", type=int, default=8 if has_gpu else 5)
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="bfloat16" if has_gpu else "float32")
     add_out_option(parser)
