@@ -22,9 +22,9 @@ from prompt_diffusion.model.controlnet import (
 )
 from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
 from prompt_diffusion.model.references import controlnet_folder
+from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import (
     ManifestRef,
-    StoredFile,
     find_sealed,
     seal_manifest,
     write_file,
@@ -95,17 +95,7 @@ def run_train(
     pipeline = PromptDiffusionPipeline.from_parts(base, controlnet.eval()).to(
         "cpu", memory_format=torch.contiguous_format
     )
-    files = _write_model(config, inputs, store_root, pipeline, progress, grid)
-    return seal_manifest(
-        identity,
-        store_root,
-        files,
-        counts={
-            "steps": progress.step,
-            "samples": progress.step * config.batch_size,
-            "skipped_steps": progress.num_skipped,
-        },
-    )
+    return _seal_model(config, identity, store_root, pipeline, progress, grid)
 
 
 def build_controlnet(config: TrainConfig, base: Base) -> PromptDiffusionControlNet:
@@ -157,15 +147,14 @@ def select_parameters(config: TrainConfig, base: Base, controlnet: PromptDiffusi
     return parameters
 
 
-def _write_model(
+def _seal_model(
     config: TrainConfig,
-    inputs: TrainInputs,
+    identity: StageIdentity,
     store_root: str,
     pipeline: PromptDiffusionPipeline,
     progress: Progress,
     grid: bytes,
-) -> list[StoredFile]:
-    identity = identify_train(config, inputs)
+) -> ManifestRef:
     with tempfile.TemporaryDirectory() as folder:
         pipeline.save_pretrained(folder, safe_serialization=True)
         files = write_folder(identity, store_root, PIPELINE_FOLDER, Path(folder))
@@ -174,7 +163,13 @@ def _write_model(
         "config.json": json.dumps(config.model_dump(mode="json"), indent=2).encode(),
         "grid.png": grid,
     }
-    return files + [write_file(identity, store_root, path, data) for path, data in contents.items()]
+    files += [write_file(identity, store_root, path, data) for path, data in contents.items()]
+    counts = {
+        "steps": progress.step,
+        "samples": progress.step * config.batch_size,
+        "skipped_steps": progress.num_skipped,
+    }
+    return seal_manifest(identity, store_root, files, counts=counts)
 
 
 def _encode_losses(progress: Progress) -> bytes:

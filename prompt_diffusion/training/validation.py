@@ -38,7 +38,7 @@ class Validation:
             own: dict[ExamplePolicy, float] = {"same_row": 1.0}
             config = config.model_copy(update={"image_to_map_examples": own, "map_to_image_examples": own})
         self.config, self.base, self.controlnet, self.data = config, base, controlnet, data
-        self.device, self.uri, self.on_event = device, uri, on_event
+        self.uri, self.on_event = uri, on_event
         self.objective = InContextObjective(config, base, controlnet, data, device)
         self._grids: dict[int, bytes] = {}
 
