@@ -1,0 +1,30 @@
+"""What is known of a model beside its weights."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+UNKNOWN = "unknown"
+
+
+class ModelFacts(BaseModel):
+    """What a version says of its model, and what the model card is rendered from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    title: str = Field(min_length=1)
+    """What the model is, in a few words."""
+    source: str = UNKNOWN
+    """Where its weights came from: a training of ours, a checkpoint's name and digest, an address."""
+    base: str = UNKNOWN
+    """The model that it was trained on."""
+    vision_tasks: tuple[str, ...] = ()
+    """The vision tasks that it was trained on."""
+    licences: dict[str, str] = {}
+    """Licence by part: base, dataset, code, the weights of annotators; "unknown" where it is not known."""
+    configuration: dict[str, Any] = {}
+    """The recipe, as JSON values; nothing where it is not known."""
+    datasets: dict[str, str] = {}
+    """What it was trained on: fingerprint or digest by role; nothing where it is not known."""
+    notes: str = ""
+    """Anything else that a reader of the model card must know, in Markdown."""
