@@ -40,9 +40,12 @@ def load(
         ValueError: In one sentence, a reference that leads nowhere, a registry that does not answer, or files that are not
             what was registered.
     """
-    from prompt_diffusion.model.pipeline import load_pipeline
+    folder = fetch(reference, settings or load_settings())
+    from prompt_diffusion.model.pipeline import (
+        load_pipeline,
+    )  # torch: nobody waits for it to hear of a mistyped reference
 
-    pipeline = load_pipeline(fetch(reference, settings or load_settings()), device)
+    pipeline = load_pipeline(folder, device)
     return pipeline if dtype is None else pipeline.to(dtype)
 
 
