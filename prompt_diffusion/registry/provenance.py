@@ -1,6 +1,8 @@
 """What a sealed training says of itself: its recipe, its data, and the licences of all that went into it."""
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from prompt_diffusion.annotators.config import EXACT
@@ -8,11 +10,13 @@ from prompt_diffusion.annotators.table import ANNOTATORS
 from prompt_diffusion.data.ingest import SOURCE_LICENCES
 from prompt_diffusion.model.mirror import MIRROR
 from prompt_diffusion.model.references import BASE_LICENCES, DEMO_BASE, is_hub_reference
+from prompt_diffusion.registry.cache import MODELS
 from prompt_diffusion.registry.facts import UNKNOWN, ModelFacts
 from prompt_diffusion.store.manifest import Manifest, UnsealedError, open_manifest
 from prompt_diffusion.store.storage import join_uri
 from prompt_diffusion.training.config import TrainConfig
 
+REGISTERED_BASE = "a registered model, digest "
 CODE_LICENCE = "Apache-2.0"
 # Input roles of a training whose manifests say something of the data, and the stage that sealed them.
 _STAGES = {"pairs": "ingest", "maps": "annotate"}
@@ -49,7 +53,11 @@ def name_base(reference: str) -> str:
     if reference == DEMO_BASE or is_hub_reference(reference):
         return reference
     _, mirrored, repository = reference.partition(f"{MIRROR}/")
-    return repository if mirrored else "a model from a folder"
+    if mirrored:
+        return repository
+    path = Path(reference)
+    is_registered = path.parent.name == MODELS and re.fullmatch("[0-9a-f]{64}", path.name) is not None
+    return f"{REGISTERED_BASE}{path.name}" if is_registered else "a model from a folder"
 
 
 def _title(config: TrainConfig) -> str:

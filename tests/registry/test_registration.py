@@ -15,6 +15,7 @@ from prompt_diffusion.registry import (
     ModelFacts,
     RunTracker,
     connect,
+    fetch,
     list_versions,
     record_metrics,
     register_folder,
@@ -96,6 +97,32 @@ def test_a_trainings_card_says_what_it_learnt_from_what_under_which_licences(mod
     assert "/tmp/" not in card  # no folder of this machine
     facts = ModelFacts.model_validate_json((artifact / "facts.json").read_bytes())
     assert facts.configuration == identity.config
+
+
+def test_a_training_that_went_on_from_a_registered_model_names_it_and_takes_its_licences_over(
+    settings, pipeline_folder, train_one_step
+):
+    first = register_folder(pipeline_folder, settings, name="first", facts=FACTS)
+    base = str(fetch(first.uri, settings))
+    trained = train_one_step(base, controlnet="base", vision_tasks=("image_to_depth",))
+    register_model(trained, settings.model_copy(update={"registered_model": "second"}))
+    (summary,) = list_versions(settings, "second")
+    assert summary.licences["base"] == FACTS.licences["base"]
+    assert summary.licences["base's code"] == FACTS.licences["code"]
+    assert summary.licences["dataset"].startswith("Apache-2.0")
+    assert summary.vision_tasks == ("image_to_depth",)
+    assert f"base: {first.uri}." in connect(settings).get_model_version("second", "1").description
+
+
+def test_measuring_a_model_again_leaves_the_aliases_where_they_are(
+    model, settings, registered, train_one_step, tiny_base
+):
+    newer = register_model(train_one_step(tiny_base, seed=1), settings)
+    assert register_model(model, settings, {"rmse/image_to_depth": 0.5}, alias=None).version == registered.version
+    aliases = {version.version: version.aliases for version in list_versions(settings, "prompt-diffusion")}
+    assert aliases == {newer.version: ("challenger",), registered.version: ()}
+    connect(settings).delete_model_version(newer.name, newer.version)
+    set_alias(registered.uri, "challenger", settings)
 
 
 def test_a_card_has_what_hubs_read_and_fits_into_mlflows_database():
