@@ -1,6 +1,5 @@
 """From a reference to a local folder whose files are what was registered, and to a pipeline."""
 
-import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,7 +8,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from prompt_diffusion.model.mirror import find_model
-from prompt_diffusion.model.references import fetch_repository, is_hub_reference
+from prompt_diffusion.model.references import HUB_NAME, fetch_repository, is_hub_reference
 from prompt_diffusion.registry.cache import MODELS, complete_copy, link_or_copy
 from prompt_diffusion.registry.versions import DIGEST_TAG, SCHEME, TITLE_TAG, find_version, say_registry
 from prompt_diffusion.settings import Settings, load_settings
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
     from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
-
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
 def load(
@@ -60,7 +57,7 @@ def fetch(reference: str, settings: Settings) -> Path:
         return _fetch_version(version, reference, settings)
     if reference and Path(reference).is_dir():
         return Path(reference)
-    if not is_hub_reference(reference) or _HUB_NAME.fullmatch(reference) is None:
+    if not is_hub_reference(reference) or HUB_NAME.fullmatch(reference) is None:
         raise ValueError(
             f"{reference!r} is neither a folder nor a registered model (models:/NAME@ALIAS, models:/NAME/VERSION) nor a hub's "
             "repository (NAME/REPOSITORY)"

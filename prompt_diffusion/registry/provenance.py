@@ -9,7 +9,7 @@ from prompt_diffusion.annotators.config import EXACT
 from prompt_diffusion.annotators.table import ANNOTATORS
 from prompt_diffusion.data.ingest import SOURCE_LICENCES
 from prompt_diffusion.model.mirror import MIRROR
-from prompt_diffusion.model.references import BASE_LICENCES, DEMO_BASE, is_hub_reference
+from prompt_diffusion.model.references import BASE_LICENCES, DEMO_BASE, HUB_NAME, is_hub_reference
 from prompt_diffusion.registry.cache import MODELS
 from prompt_diffusion.registry.facts import UNKNOWN, ModelFacts
 from prompt_diffusion.store.manifest import Manifest, UnsealedError, open_manifest
@@ -50,7 +50,7 @@ def collect_facts(model: Manifest) -> ModelFacts:
 
 def name_base(reference: str) -> str:
     """Return what a base may be called in public: its own name, never a folder of this machine."""
-    if reference == DEMO_BASE or is_hub_reference(reference):
+    if reference == DEMO_BASE or (is_hub_reference(reference) and HUB_NAME.fullmatch(reference)):
         return reference
     _, mirrored, repository = reference.partition(f"{MIRROR}/")
     if mirrored:

@@ -92,7 +92,7 @@ def test_a_trainings_card_says_what_it_learnt_from_what_under_which_licences(mod
         assert "of no use for photographs" in text
         for fingerprint in identity.inputs.values():
             assert fingerprint[:32] in text
-    assert card.startswith("---\nlicense: other\nlibrary_name: diffusers\n")
+    assert card.startswith("---\nlicense: unknown\nlibrary_name: diffusers\n")
     assert "| num_steps | 1 |" in card
     assert "/tmp/" not in card  # no folder of this machine
     facts = ModelFacts.model_validate_json((artifact / "facts.json").read_bytes())
