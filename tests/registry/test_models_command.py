@@ -35,11 +35,13 @@ def listed(settings, pipeline_folder, tmp_path_factory):
         record_metrics(version, settings, metrics)
 
 
-def test_models_lists_every_version_with_its_numbers_within_a_terminals_width(settings, listed):
-    result = run("models", "listed", settings=settings)
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_models_lists_every_version_with_its_numbers_within_a_terminals_width(settings, listed, width):
+    result = run("models", "listed", settings=settings, width=width)
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert max(map(len, lines)) <= 100
+    assert max(map(len, lines)) <= width
+    assert "…" not in result.stdout
     rows = [line.split() for line in lines if line.strip()[:2] in ("1 ", "2 ")]
     assert [(row[0], row.count("0.25"), row.count("0.125")) for row in rows] == [("2", 0, 6), ("1", 6, 0)]
     assert rows[0][1] == "challenger"
