@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlparse
@@ -184,6 +187,32 @@ def test_threads_that_register_the_same_folder_make_one_version(settings, pipeli
     assert len(list_versions(settings, "race")) == 1
     left = [path.name for path in (settings.cache_dir / "models").iterdir() if path.name.startswith("registering-")]
     assert left == []
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from mlflow import MlflowClient
+from prompt_diffusion.registry import ModelFacts, register_folder
+from prompt_diffusion.settings import Settings
+
+MlflowClient.create_model_version = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+settings = Settings(tracking_uri=sys.argv[2], cache_dir=sys.argv[3])
+register_folder(Path(sys.argv[1]), settings, name="killed", facts=ModelFacts(title="Half of it"))
+"""
+
+
+def test_a_registration_that_is_killed_leaves_no_version_and_the_next_one_cleans_up(settings, pipeline_folder):
+    arguments = [str(pipeline_folder), settings.tracking_uri, str(settings.cache_dir)]
+    killed = subprocess.run([sys.executable, "-c", _KILLED, *arguments], check=False, capture_output=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert list_versions(settings, "killed") == []
+    with pytest.raises(ValueError, match="killed has no alias"):
+        prompt_diffusion.load("models:/killed@challenger", settings)
+    assert list((settings.cache_dir / "models").glob("registering-*"))
+    assert register_folder(pipeline_folder, settings, name="killed", facts=FACTS).version == "1"
+    assert not list((settings.cache_dir / "models").glob("registering-*"))
+    assert prompt_diffusion.load("models:/killed", settings).unet.config.sample_size == 8
 
 
 def test_a_promoted_version_is_what_the_bare_name_means(settings, pipeline_folder, tmp_path):
