@@ -26,7 +26,7 @@ from prompt_diffusion.registry import (
     set_alias,
 )
 from prompt_diffusion.registry.card import MAX_DESCRIPTION, render_card, render_description
-from prompt_diffusion.store.manifest import open_manifest
+from prompt_diffusion.store.manifest import open_manifest, seal_manifest, write_file, write_folder
 
 FACTS = ModelFacts(
     title="A checkpoint",
@@ -126,6 +126,25 @@ def test_measuring_a_model_again_leaves_the_aliases_where_they_are(
     assert aliases == {newer.version: ("challenger",), registered.version: ()}
     connect(settings).delete_model_version(newer.name, newer.version)
     set_alias(registered.uri, "challenger", settings)
+
+
+def test_a_training_in_a_store_far_away_is_registered_and_what_cannot_be_found_there_is_unknown(
+    model, settings, registered, s3_store
+):
+    sealed = open_manifest(model.uri)
+    folder = Path(model.uri)
+    files = write_folder(sealed.identity, s3_store, "pipeline", folder / "pipeline")
+    files.append(write_file(sealed.identity, s3_store, "config.json", (folder / "config.json").read_bytes()))
+    far = seal_manifest(sealed.identity, s3_store, files, counts=sealed.counts)
+    # the image pairs and maps were not copied there
+    second = register_model(far, settings.model_copy(update={"registered_model": "far"}))
+    (summary,) = list_versions(settings, "far")
+    assert summary.licences["dataset"] == "unknown"
+    assert summary.licences["annotator maps/depth"] == "unknown"
+    digests = [
+        connect(settings).get_model_version(v.name, v.version).tags["digests_sha256"] for v in (registered, second)
+    ]
+    assert digests[0] == digests[1]
 
 
 def test_a_card_has_what_hubs_read_and_fits_into_mlflows_database():
