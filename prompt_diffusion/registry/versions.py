@@ -1,0 +1,179 @@
+"""Versions of registered models: finding the one that a reference names, listing them, and their aliases."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict
+
+from prompt_diffusion.settings import Settings
+from prompt_diffusion.tracking.client import FINGERPRINT_TAG, connect, knock
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+CHALLENGER = "challenger"
+CHAMPION = "champion"
+SCHEME = "models:/"
+DIGEST_TAG = "digests_sha256"
+METRIC_TAG = "metric."
+TITLE_TAG, SOURCE_TAG, LICENCES_TAG, VISION_TASKS_TAG = "title", "source", "licences", "vision_tasks"
+
+
+class RegisteredModel(BaseModel):
+    """A version of a registered model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    name: str
+    """The registered model."""
+    version: str
+    """Its version."""
+    alias: str
+    """The alias that was given to it."""
+    run_id: str
+    """MLflow's run, where its metrics stand."""
+
+    @property
+    def uri(self) -> str:
+        """What ``load`` takes."""
+        return f"{SCHEME}{self.name}/{self.version}"
+
+
+class ModelVersionSummary(BaseModel):
+    """What a list of models shows of one version."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    name: str
+    """The registered model."""
+    version: str
+    """Its version."""
+    uri: str
+    """What ``load`` takes."""
+    aliases: tuple[str, ...]
+    """The names that point to it."""
+    created: datetime
+    """When it was registered."""
+    title: str
+    """What the model is."""
+    source: str
+    """Where its weights came from."""
+    fingerprint: str
+    """The training's fingerprint, or the digest of an imported folder's files."""
+    vision_tasks: tuple[str, ...]
+    """The vision tasks that it was trained on."""
+    licences: dict[str, str]
+    """Licence by part."""
+    metrics: dict[str, float]
+    """What was measured of it: ``{metric}/{vision task}`` of a benchmark cell, lower is better."""
+
+
+@contextmanager
+def say_registry(settings: Settings) -> Iterator["MlflowClient"]:
+    """Give a client of a registry that answers, and turn what MLflow raises into one sentence, a ValueError."""
+    database = settings.tracking_uri.removeprefix("sqlite:///")
+    if database != settings.tracking_uri and not Path(database).is_file():
+        raise ValueError(
+            f"there is no registry yet: {database} does not exist (MLFLOW_TRACKING_URI); train a model first"
+        )
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        knock(settings)
+        yield connect(settings)
+    except ConnectionError as error:
+        raise ValueError(f"the registry cannot be asked: {error}; start it or set MLFLOW_TRACKING_URI") from error
+    except MlflowException as error:
+        raise ValueError(f"the registry at {settings.tracking_uri} refused: {_first_line(error.message)}") from error
+    except SQLAlchemyError as error:
+        raise ValueError(
+            f"the registry at {settings.tracking_uri} cannot be read: {_first_line(str(error))}"
+        ) from error
+
+
+def find_version(client: "MlflowClient", reference: str) -> "ModelVersion":
+    """Return the version that ``models:/NAME@ALIAS``, ``models:/NAME/VERSION`` or ``models:/NAME`` names.
+
+    A name alone stands for its champion, and for its challenger as long as there is no champion. ValueError, in one sentence,
+    where nothing is there, and what is there instead.
+    """
+    from mlflow.exceptions import MlflowException
+
+    rest = reference.removeprefix(SCHEME)
+    name, at, alias = rest.partition("@")
+    if not at:
+        name, _, number = rest.partition("/")
+    try:
+        model = client.get_registered_model(name)
+    except MlflowException:
+        names = ", ".join(model.name for model in client.search_registered_models()) or "none"
+        raise ValueError(f"there is no registered model {reference!r}: registered are {names}") from None
+    aliases: dict[str, str] = model.aliases
+    if not at and not number:
+        alias = CHAMPION if CHAMPION in aliases else CHALLENGER
+    if at or not number:
+        if alias not in aliases:
+            raise ValueError(f"there is no registered model {reference!r}: {name} has {_list_aliases(aliases)}")
+        number = aliases[alias]
+    try:
+        version: ModelVersion = client.get_model_version(name, number)
+    except MlflowException:
+        there = ", ".join(sorted((str(v.version) for v in client.search_model_versions(f"name = '{name}'")), key=int))
+        raise ValueError(
+            f"there is no registered model {reference!r}: {name} has {f'the versions {there}' if there else 'no version'}"
+        ) from None
+    return version
+
+
+def set_alias(reference: str, alias: str, settings: Settings) -> RegisteredModel:
+    """Let an alias point to a version; ValueError, in one sentence, where the reference names none."""
+    with say_registry(settings) as client:
+        version = find_version(client, reference)
+        client.set_registered_model_alias(version.name, alias, version.version)
+    return RegisteredModel(name=version.name, version=str(version.version), alias=alias, run_id=version.run_id)
+
+
+def list_versions(settings: Settings, name: str | None = None) -> list[ModelVersionSummary]:
+    """Return all versions, or those of one registered model, newest first; ValueError for a name that is not registered."""
+    with say_registry(settings) as client:
+        models = {model.name: model.aliases for model in client.search_registered_models()}
+        if name is not None and name not in models:
+            raise ValueError(f"there is no registered model {name!r}: registered are {', '.join(models) or 'none'}")
+        versions = [
+            _summarise(version, models[version.name])
+            for each in ([name] if name is not None else models)
+            for version in client.search_model_versions(f"name = '{each}'")
+        ]
+    return sorted(versions, key=lambda version: (version.created, int(version.version)), reverse=True)
+
+
+def _summarise(version: "ModelVersion", aliases: dict[str, str]) -> ModelVersionSummary:
+    tags = version.tags
+    return ModelVersionSummary(
+        name=version.name,
+        version=str(version.version),
+        uri=f"{SCHEME}{version.name}/{version.version}",
+        aliases=tuple(sorted(alias for alias, number in aliases.items() if str(number) == str(version.version))),
+        created=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC),
+        title=tags.get(TITLE_TAG, ""),
+        source=tags.get(SOURCE_TAG, ""),
+        fingerprint=tags.get(FINGERPRINT_TAG, ""),
+        vision_tasks=tuple(tags[VISION_TASKS_TAG].split(", ")) if tags.get(VISION_TASKS_TAG) else (),
+        licences=json.loads(tags.get(LICENCES_TAG, "{}")),
+        metrics={key.removeprefix(METRIC_TAG): float(tags[key]) for key in sorted(tags) if key.startswith(METRIC_TAG)},
+    )
+
+
+def _list_aliases(aliases: dict[str, str]) -> str:
+    named = ", ".join(f"{alias} (version {number})" for alias, number in sorted(aliases.items()))
+    return f"the aliases {named}" if named else "no alias"
+
+
+def _first_line(text: str) -> str:
+    return text.splitlines()[0] if text else "it gave no reason"
