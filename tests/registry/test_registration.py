@@ -93,9 +93,7 @@ def test_registration_first_delivers_what_the_training_could_not(model, settings
     run = connect(settings).get_run(run_id)
     assert run.data.tags["fingerprint"] == model.fingerprint
     assert [(p.step, p.value) for p in connect(settings).get_metric_history(run_id, "loss")] == [(1, 0.5)]
-    assert {"grid.png", "losses.parquet", "model"} <= {
-        file.path for file in connect(settings).list_artifacts(run_id)
-    }
+    assert {"grid.png", "losses.parquet", "model"} <= {file.path for file in connect(settings).list_artifacts(run_id)}
 
 
 def test_an_altered_file_is_refused_by_name(model, settings, registered):

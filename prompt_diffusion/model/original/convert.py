@@ -1,7 +1,7 @@
 """Import of a checkpoint in the original layout: the paper's released weights, or SD v1.5's own as a base."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,63 +37,90 @@ from prompt_diffusion.model.original.parts import (
     new_folder,
     write_model,
 )
-from prompt_diffusion.model.original.read import Checkpoint, check_values, read_checkpoint
+from prompt_diffusion.model.original.read import check_values, read_checkpoint
 from prompt_diffusion.model.original.schedule import read_scheduler
 from prompt_diffusion.model.original.tokenizer import fit_tokenizer
 
 _AVERAGE_NOTES = (f"{AVERAGES}decay", f"{AVERAGES}num_updates")
 
 
-def import_checkpoint(
-    path: Path,
-    out: Path,
-    tokenizer: CLIPTokenizer,
-    *,
-    num_heads: int = PUBLISHED_HEADS,
-    num_text_heads: int | None = None,
-    image_size: int | None = None,
-    take_averages: bool = False,
-) -> ImportReport:
-    """Write a checkpoint file of the original layout as a folder in diffusers' layout, every tensor accounted for.
+@dataclass(frozen=True)
+class OriginalCheckpoint:
+    """A checkpoint whose every tensor is accounted for by name; the values are still on the disk."""
 
-    With a control model the folder is a pipeline, without one a base. Weights keep their precision and every bit. Conditions
-    are images in [-1, 1], as the original code was trained. ``image_size`` None takes the published 256 pixels for a pipeline
-    and 512 for a base; ``take_averages`` takes the moving averages of a base's UNet where the file holds both.
+    path: Path
+    layout: OriginalLayout
+    weights: dict[str, Tensor]
+    averages: dict[str, Tensor]
+    """Moving averages of the UNet, by their own names; empty where there are none."""
+    buffers: dict[str, Tensor]
+    extras: tuple[str, ...]
+    """Names of what stands beside the tensors."""
 
-    Raises:
-        ValueError: In one sentence, a file that is damaged or of another layout, tensors that are missing, unused, of a wrong
-            shape, NaN or infinite, or an ``out`` that is taken. Nothing is left behind then.
+    @property
+    def kind(self) -> str:
+        """``prompt_diffusion``, or ``base`` where there is no control model."""
+        return "base" if self.layout.stem_channels is None else "prompt_diffusion"
+
+
+def open_original(
+    path: Path, num_heads: int = PUBLISHED_HEADS, num_text_heads: int | None = None
+) -> OriginalCheckpoint:
+    """Open a checkpoint file of the original layout and say where each of its tensors belongs; reads no values.
+
+    ``num_heads`` and ``num_text_heads`` are what no checkpoint states, see ``infer_layout``. ValueError, in one sentence, for a
+    file that is damaged or of another layout, and for tensors that are missing or unused.
     """
-    check_free(out)
     checkpoint = read_checkpoint(path)
     try:
         layout = infer_layout(checkpoint.shapes, num_heads, num_text_heads)
         _check_strides(layout)
     except ValueError as error:
         raise ValueError(f"{path} cannot be imported: {error}") from error
-    tensors, averages = account_for(checkpoint.tensors, layout, path)
-    check_values(tensors | averages, path)
+    weights, averages = account_for(checkpoint.tensors, layout, path)
     buffers = {name: checkpoint.tensors[name] for name in (*BUFFERS, *_AVERAGE_NOTES) if name in checkpoint.tensors}
-    if take_averages:
-        tensors |= _averaged_unet(averages, layout, path)
+    return OriginalCheckpoint(path, layout, weights, averages, buffers, checkpoint.extras)
+
+
+def import_checkpoint(
+    original: OriginalCheckpoint,
+    out: Path,
+    tokenizer: CLIPTokenizer,
+    *,
+    image_size: int | None = None,
+    take_averages: bool = False,
+) -> ImportReport:
+    """Write a checkpoint as a folder in diffusers' layout: a pipeline, or a base where it has no control model.
+
+    Weights keep their precision and every bit. Conditions are images in [-1, 1], as the original code was trained.
+    ``image_size`` None takes the published 256 pixels for a pipeline and 512 for a base; ``take_averages`` takes the moving
+    averages of a base's UNet where the file holds both.
+
+    Raises:
+        ValueError: In one sentence, tensors of a wrong shape, NaN or infinite, another model's tokenizer, or an ``out`` that is
+            taken. Nothing is left behind then.
+    """
+    check_free(out)
+    path, layout, buffers = original.path, original.layout, original.buffers
+    fitted = fit_tokenizer(tokenizer, layout.text.vocabulary_size, layout.text.num_positions)
     try:
         scheduler = read_scheduler(buffers)
     except ValueError as error:
         raise ValueError(f"{path} cannot be imported: {error}") from error
-
+    weights = original.weights | (_averaged_unet(original) if take_averages else {})
     size = image_size or (BASE_IMAGE_SIZE if layout.stem_channels is None else RELEASED_IMAGE_SIZE)
-    scaling = float(buffers["scale_factor"]) if "scale_factor" in buffers else SCALING_FACTOR
-    networks = convert_networks(tensors, layout, size, scaling, path)
-    fitted = fit_tokenizer(tokenizer, layout.text.vocabulary_size, layout.text.num_positions)
+    scaling = float(f"{float(buffers['scale_factor']):.6g}") if "scale_factor" in buffers else SCALING_FACTOR
+    networks = convert_networks(weights, layout, size, scaling, path)
+    check_values(weights, path)
     report = ImportReport(
-        kind="base" if layout.stem_channels is None else "prompt_diffusion",
+        kind=original.kind,
         source=path.name,
         sha256=digest_file(path),
         image_size=size,
         parts=count_parts(networks),
         architecture=asdict(layout),
         buffers=tuple(buffers),
-        left_out=_list_left_out(checkpoint, averages, take_averages),
+        left_out=_list_left_out(original, take_averages),
     )
     with new_folder(out) as folder:
         write_model(folder, networks, fitted, scheduler)
@@ -143,10 +170,11 @@ def rename_tensors(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> d
     }
 
 
-def _averaged_unet(averages: Mapping[str, Tensor], layout: OriginalLayout, source: object) -> dict[str, Tensor]:
-    if not averages:
-        raise ValueError(f"{source} holds no moving averages (model_ema.*): import it without --averages")
-    return {UNET + key: averages[average_key(UNET + key)] for key in unet_keys(layout.unet)}
+def _averaged_unet(original: OriginalCheckpoint) -> dict[str, Tensor]:
+    if not original.averages:
+        raise ValueError(f"{original.path} holds no moving averages (model_ema.*): import it without --averages")
+    keys = [UNET + key for key in unet_keys(original.layout.unet)]
+    return {key: original.averages[average_key(key)] for key in keys}
 
 
 def _check_strides(layout: OriginalLayout) -> None:
@@ -157,8 +185,8 @@ def _check_strides(layout: OriginalLayout) -> None:
         )
 
 
-def _list_left_out(checkpoint: Checkpoint, averages: Mapping[str, Tensor], take_averages: bool) -> tuple[str, ...]:
-    extras = [f"{name} (beside the weights)" for name in checkpoint.extras]
-    if averages:
+def _list_left_out(original: OriginalCheckpoint, take_averages: bool) -> tuple[str, ...]:
+    extras = [f"{name} (beside the weights)" for name in original.extras]
+    if original.averages:
         extras.append(f"{UNET}* (not averaged)" if take_averages else f"{AVERAGES}* (moving averages of the UNet)")
     return tuple(extras)

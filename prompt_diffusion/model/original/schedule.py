@@ -40,11 +40,17 @@ def read_scheduler(buffers: Mapping[str, Tensor]) -> DDIMScheduler:
         values = cumulated.double().numpy()
         if values.shape != expected.shape or not np.allclose(values, expected, max(tolerance, 1e-3), 1e-4):
             raise ValueError("its alphas_cumprod do not follow from its betas")
+    return build_scheduler(kind, start, end, num)
+
+
+def build_scheduler(kind: str, start: float, end: float, num: int, prediction_type: str = "epsilon") -> DDIMScheduler:
+    """Return a DDIM scheduler of that noise schedule which visits the original sampler's timesteps."""
     return DDIMScheduler(
         num_train_timesteps=num,
         beta_start=start,
         beta_end=end,
         beta_schedule=kind,
+        prediction_type=prediction_type,
         clip_sample=False,
         # the original sampler visits timesteps 1, 1 + 1000 / n, ... and ends at the first alpha, not at 1
         set_alpha_to_one=False,
