@@ -13,6 +13,7 @@ PREFIXES = {
     "vae": "first_stage_model.",
     "text": "cond_stage_model.transformer.text_model.",
 }
+HEADS = {"num_heads": 4, "num_text_heads": 2}
 _STEMS = ("input_hint_block", "input_cond_block")
 _POOL = 1 << 22
 
@@ -77,3 +78,23 @@ def draw_inputs(size, context, tokens, latent_stride=8, seed=1):
         "pair": torch.rand(1, 6, pixels, pixels, generator=generator) * 2 - 1,
         "query": torch.rand(1, 3, pixels, pixels, generator=generator) * 2 - 1,
     }
+
+
+def schedule_buffers():
+    """Some of what the original code keeps beside its weights, by its published configuration."""
+    betas = torch.linspace(0.00085**0.5, 0.0120**0.5, 1000, dtype=torch.float64) ** 2
+    cumulated = (1 - betas).cumprod(0)
+    values = {"betas": betas, "alphas_cumprod": cumulated, "sqrt_alphas_cumprod": cumulated.sqrt()}
+    positions = {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(24)[None]}
+    return {name: value.float() for name, value in values.items()} | {"logvar": torch.zeros(1000)} | positions
+
+
+def save_tokenizer(folder):
+    """A tokenizer of the tiny text encoder's vocabulary; returns it."""
+    from prompt_diffusion.training import pretrain
+    from prompt_diffusion.training.pretrain_config import PretrainConfig
+
+    config = PretrainConfig(text_length=24, vocabulary_size=80)
+    tokenizer = pretrain.train_tokenizer(["a red cube on a green floor under a clear sky"], config)
+    tokenizer.save_pretrained(folder)
+    return tokenizer

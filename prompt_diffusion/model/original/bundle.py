@@ -23,9 +23,9 @@ from prompt_diffusion.model.original.parts import (
     new_folder,
     write_model,
 )
-from prompt_diffusion.model.original.read import check_values
+from prompt_diffusion.model.original.read import check_types, check_values
 from prompt_diffusion.model.original.schedule import PUBLISHED_BETAS, build_scheduler
-from prompt_diffusion.model.original.tokenizer import fit_tokenizer
+from prompt_diffusion.model.original.tokenizer import fit_tokenizer, read_tokenizer
 
 PORT_CLASS = "PromptDiffusionControlNetModel"
 _OUR_CLASS = "PromptDiffusionControlNet"
@@ -58,11 +58,13 @@ def import_bundle(
     )
     for part in _NETWORKS:
         tensors = read_weights(folder / part)
-        check_values(tensors, folder / part)
-        names = {_rename(name): name for name in tensors} if part == "controlnet" else {name: name for name in tensors}
-        renamed = {ours: tensors[theirs] for ours, theirs in names.items()}
+        check_types(tensors, folder / part)
+        rename, name_again = (_rename, _port_name) if part == "controlnet" else (str, str)
+        renamed = {rename(name): value for name, value in tensors.items()}
+        names = {ours: name_again(ours) for ours in (*networks[part].state_dict(), *renamed)}
         fill_network(networks[part], renamed, names, folder / part)
-    fitted = fit_tokenizer(tokenizer or _load_tokenizer(folder), *_text_limits(configs["text_encoder"]))
+        check_values(tensors, folder / part)
+    fitted = fit_tokenizer(tokenizer or read_tokenizer(folder / "tokenizer"), *_text_limits(configs["text_encoder"]))
     with new_folder(out) as place:
         write_model(place, networks, fitted, _build_scheduler(configs["scheduler"]))
     return ImportReport(
@@ -100,13 +102,11 @@ def _rename(name: str) -> str:
     return f"trunk.{name}"
 
 
-def _load_tokenizer(folder: Path) -> CLIPTokenizer:
-    try:
-        return CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"{folder} has no tokenizer that can be loaded ({str(error).splitlines()[0]}): name one with --tokenizer"
-        ) from error
+def _port_name(ours: str) -> str:
+    for theirs, stem in _STEMS.items():
+        if ours.startswith(stem):
+            return theirs + ours.removeprefix(stem)
+    return ours.removeprefix("trunk.")
 
 
 def _text_limits(config: Mapping[str, Any]) -> tuple[int, int]:

@@ -37,7 +37,7 @@ from prompt_diffusion.model.original.parts import (
     new_folder,
     write_model,
 )
-from prompt_diffusion.model.original.read import check_values, read_checkpoint
+from prompt_diffusion.model.original.read import check_types, check_values, read_checkpoint
 from prompt_diffusion.model.original.schedule import read_scheduler
 from prompt_diffusion.model.original.tokenizer import fit_tokenizer
 
@@ -78,6 +78,7 @@ def open_original(
     except ValueError as error:
         raise ValueError(f"{path} cannot be imported: {error}") from error
     weights, averages = account_for(checkpoint.tensors, layout, path)
+    check_types(weights | averages, path)
     buffers = {name: checkpoint.tensors[name] for name in (*BUFFERS, *_AVERAGE_NOTES) if name in checkpoint.tensors}
     return OriginalCheckpoint(path, layout, weights, averages, buffers, checkpoint.extras)
 

@@ -17,7 +17,7 @@ from prompt_diffusion.model.original.folders import read_config, read_weights
 from prompt_diffusion.model.original.layout import POSITIONS, SCALING_FACTOR, is_kernel_of_a_matrix
 from prompt_diffusion.model.original.names import map_names
 from prompt_diffusion.model.original.parts import describe_keys
-from prompt_diffusion.model.original.read import check_values
+from prompt_diffusion.model.original.read import check_types, check_values
 from prompt_diffusion.model.original.schedule import compute_buffers
 
 _OUR_CLASS = "PromptDiffusionControlNet"
@@ -66,6 +66,7 @@ def export_checkpoint(folder: Path, out: Path) -> ExportReport:
         missing, unused = sorted(names.keys() - tensors.keys()), sorted(tensors.keys() - names.keys())
         if missing or unused:
             raise ValueError(f"{folder / part} {describe_keys(missing, unused)}")
+        check_types(tensors, folder / part)
         check_values(tensors, folder / part)
         weights |= {key: _as_original(key, tensors[ours]) for ours, key in names.items()}
     buffers = _compute_buffers(configs, layout.text.num_positions)

@@ -1,10 +1,11 @@
 """A model's networks built without memory and filled from mapped tensors, and a folder that appears whole or not at all."""
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,6 @@ class ImportReport:
     """Tensors of the source that are no weights: computed again where they are needed."""
     left_out: tuple[str, ...] = ()
     """What else the source holds, and was not taken over."""
-    warnings: tuple[str, ...] = field(default=())
-    """What a user should know."""
 
 
 def build_networks(
@@ -109,11 +108,19 @@ def write_model(folder: Path, networks: Mapping[str, Any], tokenizer: CLIPTokeni
     """Write a pipeline, or a base where there is no ControlNet, as diffusers does, in the precision of its tensors."""
     if "controlnet" in networks:
         PromptDiffusionPipeline(**networks, tokenizer=tokenizer, scheduler=scheduler).save_pretrained(folder)
+        _note_defaults(folder / "model_index.json")
         return
     for name, network in networks.items():
         network.save_pretrained(folder / name, safe_serialization=True)
     tokenizer.save_pretrained(folder / "tokenizer")
     scheduler.save_pretrained(folder / "scheduler")
+
+
+def _note_defaults(index: Path) -> None:
+    """Note how the published evaluation samples, for calls that do not say."""
+    content = json.loads(index.read_bytes())
+    content |= {"default_num_inference_steps": PUBLISHED_STEPS, "default_guidance_scale": PUBLISHED_GUIDANCE}
+    index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def check_free(out: Path) -> None:

@@ -77,14 +77,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return _read_torch(path, is_zip=head[:2] == b"PK")
 
 
-def check_values(tensors: Mapping[str, Tensor], source: object) -> None:
-    """Raise ValueError, naming a few of them, where tensors are no floating-point numbers or hold NaN or infinity."""
+def check_types(tensors: Mapping[str, Tensor], source: object) -> None:
+    """Raise ValueError, naming a few of them, where tensors are no floating-point numbers; reads no values."""
     kinds = [f"{name} ({value.dtype})" for name, value in tensors.items() if value.dtype not in _FLOATS]
     if kinds:
         raise ValueError(
             f"{source} has weights that are not of float32, float16 or bfloat16: {name_some(kinds)}; a quantised copy "
             "cannot be imported"
         )
+
+
+def check_values(tensors: Mapping[str, Tensor], source: object) -> None:
+    """Raise ValueError, naming a few of them, where tensors hold NaN or infinity."""
     broken = [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
     if broken:
         raise ValueError(f"{source} has weights that are NaN or infinite: {name_some(broken)}; fetch or train it again")
@@ -110,7 +114,9 @@ def _read_torch(path: Path, is_zip: bool) -> Checkpoint:
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         if found is None:
-            raise ValueError(f"{path} is damaged or no checkpoint of tensors; fetch it again") from error
+            raise ValueError(
+                f"{path} is damaged, or can be read only by executing what it holds; it was not read: {_TRUSTED}"
+            ) from error
         raise ValueError(
             f"{path} holds a pickled {found[1]}, which reading it would execute; it was not read: {_TRUSTED}"
         ) from error

@@ -8,6 +8,7 @@ from prompt_diffusion.model.mirror import find_model
 
 CLIP_REPOSITORY = "openai/clip-vit-large-patch14"
 BASE_REPOSITORY = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+_VOCABULARIES = ("tokenizer.json", "vocab.json")
 _FILES = ("tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -21,10 +22,17 @@ def load_tokenizer(reference: str | None, store_root: str, cache_dir: Path) -> C
     places = [Path(find_model(name, store_root, cache_dir)) for name in wanted]
     folder = next((place for place in places if place.is_dir()), None) or _fetch(wanted[-1])
     inner = folder / "tokenizer"
+    return read_tokenizer(inner if inner.is_dir() else folder)
+
+
+def read_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Read a CLIP tokenizer from its folder; ValueError where it holds none."""
+    if not any((folder / name).is_file() for name in _VOCABULARIES):  # transformers would make up an empty one
+        raise ValueError(f"{folder} holds no CLIP tokenizer: neither {' nor '.join(_VOCABULARIES)}")
     try:
-        return CLIPTokenizer.from_pretrained(inner if inner.is_dir() else folder, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{folder} holds no CLIP tokenizer ({str(error).splitlines()[0]})") from error
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the reader of tokenizer.json raises plain Exception
+        raise ValueError(f"{folder} holds no CLIP tokenizer that can be read ({str(error).splitlines()[0]})") from error
 
 
 def fit_tokenizer(tokenizer: CLIPTokenizer, vocabulary_size: int, num_positions: int) -> CLIPTokenizer:
