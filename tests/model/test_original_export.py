@@ -147,11 +147,10 @@ def test_a_folder_of_something_else_is_refused(released, tmp_path):
     port = make_port(folder / "model", tmp_path / "port")
     file = port / "controlnet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
-    gone = tensors.pop("controlnet_query_cond_embedding.conv_in.weight")
-    save_file(tensors | {"controlnet_query_cond_embedding.extra": gone}, file)
-    with pytest.raises(
-        ValueError, match=r"lacks query_stem\.conv_in\.weight; and has .*controlnet_query_cond_embedding\.extra"
-    ):
+    query = "controlnet_query_cond_embedding"
+    gone = tensors.pop(f"{query}.conv_in.weight")
+    save_file(tensors | {f"{query}.extra": gone}, file)
+    with pytest.raises(ValueError, match=rf"lacks {query}\.conv_in\.weight; and has .*: {query}\.extra"):
         import_bundle(port, tmp_path / "out")
     config = json.loads((port / "controlnet" / "config.json").read_text())
     (port / "controlnet" / "config.json").write_text(json.dumps(config | {"_class_name": "ControlNetModel"}))
