@@ -56,6 +56,11 @@ def test_a_lightning_checkpoint_becomes_a_pipeline_with_every_bit_and_says_what_
     assert set(report.buffers) == set(schedule_buffers())
     assert [text.split()[0] for text in report.left_out] == ["epoch", "global_step", "callbacks"]
     pipeline = load_pipeline(tmp_path / "out")
+    assert (pipeline.default_num_inference_steps, pipeline.default_guidance_scale, pipeline.image_size) == (
+        100,
+        9.0,
+        256,
+    )
     assert pipeline.scheduler.config.beta_end == 0.012
     assert pipeline.scheduler.config.prediction_type == "epsilon"
     pairs = [

@@ -1,6 +1,5 @@
 """A model's networks built without memory and filled from mapped tensors, and a folder that appears whole or not at all."""
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from prompt_diffusion.model.controlnet import PromptDiffusionControlNet
 from prompt_diffusion.model.original.read import name_some
 from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
 
+# the published evaluation: how an imported model samples where a call does not say
 PUBLISHED_STEPS = 100
 PUBLISHED_GUIDANCE = 9.0
 RELEASED_IMAGE_SIZE = 256
@@ -107,20 +107,18 @@ def count_parts(networks: Mapping[str, nn.Module]) -> dict[str, dict[str, int]]:
 def write_model(folder: Path, networks: Mapping[str, Any], tokenizer: CLIPTokenizer, scheduler: DDIMScheduler) -> None:
     """Write a pipeline, or a base where there is no ControlNet, as diffusers does, in the precision of its tensors."""
     if "controlnet" in networks:
-        PromptDiffusionPipeline(**networks, tokenizer=tokenizer, scheduler=scheduler).save_pretrained(folder)
-        _note_defaults(folder / "model_index.json")
+        PromptDiffusionPipeline(
+            **networks,
+            tokenizer=tokenizer,
+            scheduler=scheduler,
+            default_num_inference_steps=PUBLISHED_STEPS,
+            default_guidance_scale=PUBLISHED_GUIDANCE,
+        ).save_pretrained(folder)
         return
     for name, network in networks.items():
         network.save_pretrained(folder / name, safe_serialization=True)
     tokenizer.save_pretrained(folder / "tokenizer")
     scheduler.save_pretrained(folder / "scheduler")
-
-
-def _note_defaults(index: Path) -> None:
-    """Note how the published evaluation samples, for calls that do not say."""
-    content = json.loads(index.read_bytes())
-    content |= {"default_num_inference_steps": PUBLISHED_STEPS, "default_guidance_scale": PUBLISHED_GUIDANCE}
-    index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def check_free(out: Path) -> None:
