@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,9 +18,11 @@ from prompt_diffusion.model.controlnet import PromptDiffusionControlNet
 from prompt_diffusion.model.original.bundle import import_bundle
 from prompt_diffusion.model.original.convert import import_checkpoint, open_original
 from prompt_diffusion.model.original.export import export_checkpoint
+from prompt_diffusion.model.original.parts import ImportReport
+from prompt_diffusion.model.original.provenance import describe_origin
 from prompt_diffusion.model.original.read import read_checkpoint
 from prompt_diffusion.model.references import DEMO_BASE_FOLDER
-from prompt_diffusion.registry import list_versions
+from prompt_diffusion.registry import ModelFacts, list_versions
 from prompt_diffusion.settings import Settings
 
 NETWORKS = ("unet", "vae", "text_encoder", "controlnet")
@@ -195,7 +198,8 @@ def test_import_register_load_generate_export_is_one_round(released, tmp_path, m
     assert json.loads(result.stdout)["registered"] == "models:/released/1"
     assert json.loads(result.stdout)["folder"] is None
     [version] = list_versions(Settings(), "released")
-    assert "OpenRAIL" in version.licences["base"]
+    assert version.source.startswith("network.ckpt, sha256 ")
+    assert version.licences["base"] == "unknown"  # a tiny stand-in is not the released file
     pipeline = prompt_diffusion.load("models:/released@challenger")
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     made = pipeline("a red cube", (images[0], images[1]), images[2], num_inference_steps=2, output_type="uint8")
@@ -207,6 +211,19 @@ def test_import_register_load_generate_export_is_one_round(released, tmp_path, m
     again = read_checkpoint(tmp_path / "again.ckpt").tensors
     assert_same({name: again[name] for name in weights}, weights)
     assert not any(path.name.startswith("network") for path in tmp_path.iterdir())
+
+
+def test_the_released_file_is_known_by_name_and_sizes_and_carries_its_licences():
+    sizes = {
+        "unet": {"tensors": 686, "parameters": 859_520_964},
+        "controlnet": {"tensors": 356, "parameters": 362_366_032},
+    }
+    report = ImportReport("prompt_diffusion", "network-step=04999.ckpt", "0" * 64, 256, sizes, {})
+    facts = ModelFacts(**describe_origin(report))
+    assert facts.licences["base"] == "CreativeML OpenRAIL-M"
+    assert len(facts.vision_tasks) == 6
+    for change in ({"source": "other.ckpt"}, {"parts": {}}):
+        assert ModelFacts(**describe_origin(replace(report, **change))).licences["base"] == "unknown"
 
 
 def test_a_base_is_not_registered(released, tmp_path):
