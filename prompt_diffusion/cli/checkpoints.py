@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from prompt_diffusion.cli.shared import StoreOption, say_errors
 
@@ -78,7 +79,9 @@ def import_checkpoint(
     original = open_original(place, heads, text_heads) if is_file else None
     if register and original is not None and original.kind == "base":
         raise ValueError(f"{place} is a base: it is not registered, but written with --out and named in train.base")
-    with _scratch(settings.cache_dir if register and out is None else None) as scratch:
+    keeps = register is None or out is not None
+    status = Console(stderr=True).status(f"checking every weight of {place} and writing the model")
+    with _scratch(None if keeps else settings.cache_dir) as scratch, status:
         folder = out or scratch or Path(place.stem if is_file else f"{place.name}-imported")
         given = load_tokenizer(tokenizer, root, settings.cache_dir) if tokenizer or original else None
         if original is not None and given is not None:
@@ -119,7 +122,8 @@ def export_checkpoint(
         from prompt_diffusion.settings import load_settings
 
         folder = fetch(model, load_settings())
-    report = export_folder(folder, out)
+    with Console(stderr=True).status(f"writing {out}"):
+        report = export_folder(folder, out)
     if as_json:
         print(json.dumps(asdict(report), indent=2))
         return

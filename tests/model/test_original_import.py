@@ -274,3 +274,10 @@ def test_json_says_where_everything_went(weights, tokenizer, tmp_path):
     assert content["registered"] is None
     assert content["architecture"]["unet"]["channel_mult"] == [1, 2]
     assert content["parts"]["unet"]["tensors"] == sum(name.startswith("model.diffusion_model.") for name in weights)
+
+
+@pytest.mark.parametrize("command", ["import-checkpoint", "export-checkpoint"])
+def test_help_shows_an_example(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: prompt-diffusion {command}" in result.stdout

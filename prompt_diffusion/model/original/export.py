@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -125,5 +126,7 @@ def _write(tensors: dict[str, Tensor], out: Path) -> None:
             torch.save({"state_dict": tensors}, place)
         place.chmod(0o644)
         place.replace(out)
+    except (SafetensorError, RuntimeError) as error:  # how the writers tell of a full disk
+        raise OSError(f"{out} could not be written, is the disk full? ({str(error).splitlines()[0]})") from error
     finally:
         place.unlink(missing_ok=True)

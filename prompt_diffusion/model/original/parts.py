@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -137,5 +138,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         yield place
         place.chmod(0o755)
         place.replace(out)
+    except (SafetensorError, RuntimeError) as error:  # how their writers tell of a full disk
+        raise OSError(f"{out} could not be written, is the disk full? ({str(error).splitlines()[0]})") from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
