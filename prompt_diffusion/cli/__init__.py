@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prompt_diffusion.cli.annotators import annotators_app, weights_app
+from prompt_diffusion.cli.checkpoints import export_checkpoint, import_checkpoint
 from prompt_diffusion.cli.models import models, promote
 from prompt_diffusion.cli.shared import OverridesOption, PresetOption, StoreOption, parse_overrides, say_errors
 from prompt_diffusion.cli.training import train
@@ -29,6 +30,8 @@ app = typer.Typer(
 app.add_typer(weights_app, name="weights")
 app.add_typer(annotators_app, name="annotators")
 app.command()(train)
+app.command()(import_checkpoint)
+app.command()(export_checkpoint)
 app.command()(models)
 app.command()(promote)
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -4,7 +4,7 @@ import pytest
 
 from prompt_diffusion.registry import register_model
 from prompt_diffusion.settings import Settings
-from prompt_diffusion.training.config import DropoutConfig, NoiseConfig, TrainConfig, TrainResources
+from prompt_diffusion.training.config import DropoutConfig, NoiseConfig, SamplingConfig, TrainConfig, TrainResources
 from prompt_diffusion.training.encode import EncodeConfig, run_encode, run_encode_text
 from prompt_diffusion.training.stage import TrainInputs
 from prompt_diffusion.training.train import run_train
@@ -26,6 +26,7 @@ def train_one_step(scene_inputs, tiny_base):
             image_to_map_examples={"other_group": 1.0},
             dropout=DropoutConfig(),
             noise=NoiseConfig(prediction_type="v_prediction"),
+            sampling=SamplingConfig(num_inference_steps=3, guidance_scale=2.0),
             stem_channels=(4, 8, 8),
             batch_size=2,
             num_steps=1,
