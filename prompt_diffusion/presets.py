@@ -20,6 +20,7 @@ from prompt_diffusion.training.config import (
     DropoutConfig,
     NoiseConfig,
     OptimizerConfig,
+    SamplingConfig,
     TrainConfig,
     TrainResources,
 )
@@ -171,7 +172,8 @@ def paper() -> RunConfig:
       as many samples of it as the joint model sees, from SD's encoder; ``baselines.controlnets`` starts them from public
       ControlNets.
     - Evaluation: DDIM, 100 steps, eta 0, guidance 9, the published suffix and negative prompt, the example of the same prompt
-      group, 10,000 test images a vision task (section 4 and the code). The in-context test is ours.
+      group, 10,000 test images a vision task (section 4 and the code). The in-context test is ours. The same steps and
+      guidance are the model's own (``train.sampling``).
     - Resources change no result: published is gradient checkpointing, which saves memory alone and is off here.
     """
     base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -185,7 +187,11 @@ def paper() -> RunConfig:
             AnnotateConfig(condition="seg", annotator="seg_upernet", resolution="native"),
         ),
         encode=EncodeConfig(base=base),
-        train=TrainConfig(base=base, precision="bfloat16"),
+        train=TrainConfig(
+            base=base,
+            precision="bfloat16",
+            sampling=SamplingConfig(num_inference_steps=100, guidance_scale=9.0),
+        ),
         baselines=BaselinesConfig(batch_size=128),
         evaluate=EvaluateConfig(),
         resources=Resources(train=training, baselines=training),
@@ -221,6 +227,7 @@ def demo() -> RunConfig:
             noise=NoiseConfig(prediction_type="v_prediction", late_fraction=0.5),
             optimizer=optimizer,
             stem_channels=(16, 32, 64),
+            sampling=SamplingConfig(num_inference_steps=12, guidance_scale=2.5),
             batch_size=32,
             num_steps=850,
         ),
@@ -252,7 +259,13 @@ def smoke() -> RunConfig:
         update={
             "name": "smoke",
             "ingest": IngestConfig(source=ScenesConfig(num_groups=60), image_size=64, shard_rows=32),
-            "train": full.train.model_copy(update={"batch_size": 6, "num_steps": 4}),
+            "train": full.train.model_copy(
+                update={
+                    "batch_size": 6,
+                    "num_steps": 4,
+                    "sampling": SamplingConfig(num_inference_steps=2, guidance_scale=2.5),
+                }
+            ),
             "baselines": full.baselines.model_copy(update={"batch_size": 2}),
             "evaluate": full.evaluate.model_copy(
                 update={

@@ -1,7 +1,7 @@
 import pytest
 
 from prompt_diffusion.presets import PRESET_NAMES, build_preset
-from prompt_diffusion.training.config import OptimizerConfig, TrainConfig
+from prompt_diffusion.training.config import OptimizerConfig, SamplingConfig, TrainConfig
 from prompt_diffusion.training.stage import identify_train
 
 
@@ -61,7 +61,9 @@ def test_paper_has_the_published_values():
 
 
 def test_papers_one_departure_in_training_is_its_precision_and_a_field_takes_it_back():
-    plain = TrainConfig(base=build_preset("paper").train.base)
+    plain = TrainConfig(
+        base=build_preset("paper").train.base, sampling=SamplingConfig(num_inference_steps=100, guidance_scale=9.0)
+    )
     assert build_preset("paper").train == plain.model_copy(update={"precision": "bfloat16"})
     assert build_preset("paper", {"train.precision": "float32"}).train == plain
 

@@ -33,7 +33,7 @@ def decode_image(data: bytes) -> Pixels:
         with Image.open(io.BytesIO(data)) as image:
             _check_header(image)
             image.load()
-            return _normalise(ImageOps.exif_transpose(image))
+            return normalise_image(image)
     except _RefusedImageError:
         raise
     except _DECODER_ERRORS as error:
@@ -55,12 +55,13 @@ def _check_header(image: Image.Image) -> None:
     # An MPO is a photograph: phones and stereo cameras add a preview or a depth map as a second frame.
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
         raise _RefusedImageError(f"the image is animated or has pages: {getattr(image, 'n_frames', 1)} frames")
+
+
+def normalise_image(image: Image.Image) -> Pixels:
+    """Return any Pillow mode as uint8 RGB (H, W, 3), as ``decode_image`` says; ValueError for pixels of an unknown range."""
+    image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise _RefusedImageError("the image has floating-point pixels, whose range is not known")
-
-
-def _normalise(image: Image.Image) -> Pixels:
-    """Return any Pillow mode as uint8 RGB (H, W, 3)."""
     if image.mode.startswith("I"):  # 16-bit grey; Pillow would clip instead of scaling
         wide = np.asarray(image).astype(np.int64)
         if wide.size and (wide.min() < 0 or wide.max() > 65535):

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from prompt_diffusion.model.references import base_folder
+from prompt_diffusion.model.text import encode_texts
 
 _PARTS: dict[str, Any] = {
     "vae": AutoencoderKL,
@@ -32,18 +33,9 @@ class Base:
     tokenizer: CLIPTokenizer
     scheduler: DDIMScheduler
 
-    @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Return text embeddings: N, L, C. Text beyond the encoder's length is cut by the tokenizer."""
-        tokens = self.tokenizer(
-            list(texts),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        hidden: Tensor = self.text_encoder(tokens.input_ids.to(self.text_encoder.device)).last_hidden_state
-        return hidden
+        return encode_texts(self.tokenizer, self.text_encoder, texts, self.text_encoder.device)
 
     @property
     def latent_stride(self) -> int:

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 PUBLISHED_STEM_CHANNELS = (16, 32, 96, 256)
@@ -95,11 +97,17 @@ class PromptDiffusionControlNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """Whether the model reads an example pair (False for a task-specific baseline)."""
         return self.example_stem is not None
 
-    def compute_condition_features(self, example_pair: Tensor | None, query: Tensor) -> Tensor:
+    def set_attention_slice(self, slice_size: str | int | list[int] | None) -> None:
+        """Slice the trunk's attention, as ``enable_attention_slicing`` of a pipeline asks of each of its networks."""
+        self.trunk.set_attention_slice(slice_size)
+
+    @apply_forward_hook  # type: ignore[untyped-decorator]  # an offloaded model comes to the device for this, too
+    def compute_condition_features(self, example_pair: Tensor | Sequence[Tensor] | None, query: Tensor) -> Tensor:
         """Return the sum of the stems' features: N, C, h, w at the latents' size.
 
-        ``example_pair`` is N, 6, H, W (source, then target) and ``query`` N, 3, H, W, both in [-1, 1]. ``None`` stands for a
-        mid-grey pair (zeros), what the model sees in training where the pair is dropped.
+        ``example_pair`` is N, 6, H, W (source, then target) and ``query`` N, 3, H, W, both in [-1, 1]; 1 in place of N is
+        shared. ``None`` stands for a mid-grey pair (zeros), what the model sees in training where the pair is dropped. Several
+        example pairs are averaged in the example stem's feature space, whatever their order; one in a list is one alone.
         """
         features: Tensor = self.query_stem((query + 1.0) / 2.0 if self.config["unit_query"] else query)
         if self.example_stem is None:
@@ -108,7 +116,8 @@ class PromptDiffusionControlNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
             return features.contiguous()
         if example_pair is None:
             example_pair = query.new_zeros(query.shape[0], EXAMPLE_PAIR_CHANNELS, *query.shape[2:])
-        combined: Tensor = features + self.example_stem(example_pair)
+        pairs = [example_pair] if isinstance(example_pair, Tensor) else example_pair
+        combined: Tensor = features + average_features([self.example_stem(pair) for pair in pairs])
         return combined.contiguous()  # the trunk keeps its own layout, whatever the stems' is
 
     def forward(
@@ -133,6 +142,20 @@ class PromptDiffusionControlNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
             return_dict=False,
         )
         return down, middle
+
+
+def average_features(features: Sequence[Tensor]) -> Tensor:
+    """Return the mean of K tensors (N or 1, C, h, w): the same to the last bit in any order, and of one alone that one.
+
+    Sums of floating-point numbers depend on their order, so the K values of each place are sorted before they are summed.
+    """
+    if not features:
+        raise ValueError("there is no example pair in the list: give at least one, or None")
+    if len(features) == 1:
+        return features[0]
+    count = max(len(each) for each in features)
+    ordered = torch.stack([each.expand(count, -1, -1, -1) for each in features]).float().sort(dim=0).values
+    return (ordered.sum(dim=0) / len(features)).to(features[0].dtype)
 
 
 def load_controlnet(folder: Path, example_pair: bool) -> PromptDiffusionControlNet:
@@ -221,6 +244,7 @@ def predict_noise(
 __all__ = [
     "PUBLISHED_STEM_CHANNELS",
     "PromptDiffusionControlNet",
+    "average_features",
     "check_controlnet",
     "load_controlnet",
     "predict_noise",

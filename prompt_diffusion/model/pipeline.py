@@ -1,204 +1,257 @@
 """Inference: a diffusers pipeline that does to the query what the example pair shows."""
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal, Self
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
-from PIL import Image
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
 
-from prompt_diffusion.data.transforms import Pixels, from_model_range, to_model_range
-from prompt_diffusion.model.base import Base
-from prompt_diffusion.model.controlnet import PromptDiffusionControlNet, predict_noise
+from prompt_diffusion.model.conditions import Conditions, ExamplePairs, count_batch, read_conditions
+from prompt_diffusion.model.contract import PipelineContract
+from prompt_diffusion.model.controlnet import predict_noise
+from prompt_diffusion.model.editing import EditingMixin
+from prompt_diffusion.model.images import Images, OutputType, check_output_type, write_images
+from prompt_diffusion.model.load import load_pipeline
+from prompt_diffusion.model.text import encode_texts, warn_of_cut_texts
 
-Images = Image.Image | Sequence[Image.Image] | Pixels
-"""One image or a batch: PIL, or uint8 H, W, 3 or N, H, W, 3."""
-OutputType = Literal["pil", "np", "uint8", "latent"]
+__all__ = ["Images", "OutputType", "PromptDiffusionOutput", "PromptDiffusionPipeline", "load_pipeline"]
+
+Texts = str | Sequence[str]
+Generators = torch.Generator | Sequence[torch.Generator] | None
+StepEnd = Callable[[Any, int, Tensor, dict[str, Any]], Mapping[str, Any] | None]
+"""(pipeline, step, timestep, tensors) -> the tensors that it changes."""
 
 
 class PromptDiffusionOutput(BaseOutput):  # type: ignore[misc]
     """What a call returns."""
 
     images: Any
-    """PIL images (``pil``), float arrays in [0, 1] (``np``), uint8 arrays (``uint8``), or latents (``latent``)."""
+    """PIL images (``pil``), float arrays N, H, W, 3 in [0, 1] (``np``), tensors N, 3, H, W in [0, 1] (``pt``), uint8 arrays
+    (``uint8``), or latents (``latent``)."""
 
 
-class PromptDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
-    """Prompt Diffusion by composition of diffusers' parts: one call turns a query into what its example pair shows."""
+@dataclass(frozen=True)
+class _Denoising:
+    """What the denoising loop starts from."""
 
-    model_cpu_offload_seq = "text_encoder->controlnet->unet->vae"
+    prompt_embeds: Tensor
+    """The unconditional branch's before the texts' where there is guidance."""
+    features: Tensor
+    """What the stems gave, one an image."""
+    noise: Tensor
+    generators: list[torch.Generator | None] | None
+    num_inference_steps: int
+    controlnet_conditioning_scale: float
+    eta: float
 
-    def __init__(
-        self,
-        vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
-        unet: UNet2DConditionModel,
-        controlnet: PromptDiffusionControlNet,
-        scheduler: DDIMScheduler,
-    ) -> None:
-        super().__init__()
-        self.register_modules(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            controlnet=controlnet,
-            scheduler=scheduler,
-        )
 
-    @classmethod
-    def from_parts(cls, base: Base, controlnet: PromptDiffusionControlNet) -> Self:
-        """Compose a pipeline from a base and a ControlNet."""
-        return cls(base.vae, base.text_encoder, base.tokenizer, base.unet, controlnet, base.scheduler)
+class PromptDiffusionPipeline(EditingMixin, PipelineContract):
+    """Prompt Diffusion by composition of diffusers' parts: one call turns a query into what its example pair shows.
 
-    @torch.inference_mode()
+    It keeps to what diffusers' own pipelines do: any scheduler (``pipeline.scheduler = UniPCMultistepScheduler.from_config(
+    pipeline.scheduler.config)``), offloading, slicing, saving and loading.
+    """
+
+    @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
-        example_pair: tuple[Images, Images] | None,
+        prompt: Texts,
+        example_pair: ExamplePairs,
         query: Images,
         *,
-        negative_prompt: str | Sequence[str] = "",
-        guidance_scale: float = 7.5,
-        num_inference_steps: int = 50,
+        negative_prompt: Texts | None = "",
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
         controlnet_conditioning_scale: float = 1.0,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: Generators = None,
+        height: int | None = None,
+        width: int | None = None,
         output_type: OutputType = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepEnd | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> PromptDiffusionOutput:
-        """Generate one image a query.
+        """Do to each query what its example pair shows.
+
+        A batch is as many images as there are queries, prompts or pairs; of each, one serves all or there is one an image.
 
         Args:
-            prompt: One text, or one a query; "" lets the example pair decide alone.
-            example_pair: (source, target) images, one pair or one a query; None stands for a mid-grey pair.
-            query: The image or images to transform, of the pair's size.
+            prompt: Text; "" lets the example pair decide alone. What the text encoder cannot read is logged.
+            example_pair: (source, target), of one size; a list of such pairs, whose features are averaged; or None, which
+                stands for a mid-grey pair. CN(FT) models take None alone.
+            query: The images to transform.
             negative_prompt: Text of the unconditional branch, which keeps the example pair and the query, as published.
-            guidance_scale: Guidance weight; 1 or less runs no unconditional branch.
-            num_inference_steps: Denoising steps.
+            guidance_scale: Guidance weight; 1 or less runs no unconditional branch. None takes the model's own, and 1 where
+                every prompt is its negative prompt: guidance compares the two texts, and would find no difference.
+            num_inference_steps: Denoising steps; None takes the model's own.
             controlnet_conditioning_scale: Weight of the ControlNet's residuals.
-            generator: One generator a query makes an image independent of its batch.
-            output_type: ``pil``, ``np`` (float N, H, W, 3 in [0, 1]), ``uint8`` (N, H, W, 3) or ``latent``.
+            num_images_per_prompt: Images for each of the batch, next to each other in the output.
+            eta: DDIM's share of fresh noise; other schedulers have none.
+            generator: One an image makes an image independent of its batch; one alone serves all in turn.
+            height: Pixels of the output; None takes the query's. Images of another size are cut to its aspect around their
+                centre, as in training, and resized once, by Lanczos.
+            width: As height.
+            output_type: ``pil``, ``np``, ``pt``, ``uint8`` or ``latent``.
+            return_dict: False returns a tuple.
+            callback_on_step_end: Called after each step with the pipeline, the step, the timestep and a dictionary of
+                tensors, as in diffusers; what it returns replaces them. ``pipeline._interrupt = True`` ends the steps.
+            callback_on_step_end_tensor_inputs: Which tensors: ``latents``, ``prompt_embeds``.
 
         Raises:
-            ValueError: Counts or sizes that do not fit together, named in one sentence.
+            ValueError: What does not fit together or cannot be read, in one sentence.
         """
-        queries = self._to_tensor(query)
-        count = len(queries)
-        pairs = None if example_pair is None else self._stack_pair(example_pair, queries)
-        generators = (
-            [generator] * count if isinstance(generator, torch.Generator) or generator is None else list(generator)
+        check_output_type(output_type)
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        self._check_tensor_names(callback_on_step_end_tensor_inputs)
+        steps = self._check_steps(num_inference_steps)
+        conditions = read_conditions(query, example_pair, height, width, self.latent_stride)
+        prompts, negatives = _list_texts(prompt, "prompt"), _list_texts(negative_prompt or "", "negative_prompt")
+        given = {"texts as prompt": len(prompts), "texts as negative_prompt": len(negatives)}
+        count = count_batch(len(conditions.queries), {"example pairs": conditions.num_pairs, **given})
+        prompts, negatives = (texts * count if len(texts) == 1 else texts for texts in (prompts, negatives))
+        if guidance_scale is None:
+            guidance_scale = 1.0 if prompts == negatives else self.default_guidance_scale
+        self._guidance_scale, self._interrupt = guidance_scale, False
+        generators = _list_generators(generator, count * num_images_per_prompt)
+        try:
+            start = _Denoising(
+                prompt_embeds=self._encode_prompts(prompts, negatives, num_images_per_prompt),
+                features=self._compute_features(conditions, count, num_images_per_prompt),
+                noise=self._draw_noise(conditions, generators),
+                generators=None if generator is None else generators,
+                num_inference_steps=steps,
+                controlnet_conditioning_scale=controlnet_conditioning_scale,
+                eta=eta,
+            )
+            latents = self._denoise(start, callback_on_step_end, callback_on_step_end_tensor_inputs)
+            images = latents if output_type == "latent" else write_images(self._decode(latents), output_type)
+        finally:  # also after an error: memory is given back
+            self.maybe_free_model_hooks()
+        if not return_dict:
+            return (images,)  # type: ignore[return-value]  # what diffusers' pipelines do, and few ask for
+        return PromptDiffusionOutput(images=images)
+
+    def _check_tensor_names(self, names: Sequence[str]) -> None:
+        unknown = [name for name in names if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs may name {', '.join(self._callback_tensor_inputs)}, "
+                f"got {', '.join(unknown)}"
+            )
+
+    def _check_steps(self, num_inference_steps: int | None) -> int:
+        steps = self.default_num_inference_steps if num_inference_steps is None else num_inference_steps
+        largest = self.scheduler.config.num_train_timesteps
+        if not 1 <= steps <= largest:
+            raise ValueError(f"num_inference_steps must be between 1 and {largest}, got {steps}")
+        return steps
+
+    def _encode_prompts(self, prompts: Sequence[str], negatives: Sequence[str], num_images_per_prompt: int) -> Tensor:
+        """Return N, L, C; with guidance 2 N, the negative prompts first."""
+        texts = {"prompt": prompts}
+        if self.do_classifier_free_guidance:
+            texts = {"negative_prompt": negatives, **texts}
+        embeds = []
+        for name, given in texts.items():
+            warn_of_cut_texts(self.tokenizer, given, name)
+            encoded = encode_texts(self.tokenizer, self.text_encoder, given, self._execution_device)
+            embeds.append(encoded.to(self.unet.dtype).repeat_interleave(num_images_per_prompt, dim=0))
+        return torch.cat(embeds)
+
+    def _compute_features(self, conditions: Conditions, count: int, num_images_per_prompt: int) -> Tensor:
+        """Return the stems' features, N, C, h, w, each pair and query seen once."""
+        device, dtype = self._execution_device, self.unet.dtype
+        pairs = None if conditions.pairs is None else [pair.to(device, dtype) for pair in conditions.pairs]
+        features: Tensor = self.controlnet.compute_condition_features(pairs, conditions.queries.to(device, dtype))
+        if len(features) != count:
+            features = features.expand(count, -1, -1, -1)
+        if num_images_per_prompt > 1:
+            features = features.repeat_interleave(num_images_per_prompt, dim=0)
+        return features
+
+    def _draw_noise(self, conditions: Conditions, generators: Sequence[torch.Generator | None]) -> Tensor:
+        """Draw each image's noise from its own generator, on the CPU unless that lives elsewhere: a seed means the same."""
+        height, width = (side // self.latent_stride for side in conditions.queries.shape[2:])
+        shape = (int(self.unet.config.in_channels), height, width)
+        drawn = [
+            torch.randn(shape, generator=each, device="cpu" if each is None else each.device) for each in generators
+        ]
+        return torch.stack(drawn).to(self._execution_device, self.unet.dtype)
+
+    def _denoise(self, start: _Denoising, end_of_step: StepEnd | None, tensor_names: Sequence[str]) -> Tensor:
+        """Return the latents after all steps, N, 4, h, w; the scheduler's state begins anew."""
+        scheduler = self.scheduler
+        scheduler.set_timesteps(start.num_inference_steps, device=self._execution_device)
+        timesteps = scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        # schedulers of second order take several timesteps a step
+        num_warmup = len(timesteps) - start.num_inference_steps * scheduler.order
+        doubled = torch.cat([start.features, start.features]) if self.do_classifier_free_guidance else start.features
+        tensors = {"latents": start.noise * scheduler.init_noise_sigma, "prompt_embeds": start.prompt_embeds}
+        with self.progress_bar(total=start.num_inference_steps) as bar:
+            for index, timestep in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                features = doubled if self.do_classifier_free_guidance else start.features
+                tensors["latents"] = self._step(start, timestep, features, **tensors)
+                if end_of_step is not None:
+                    shown = {name: tensors[name] for name in tensor_names}
+                    changed = end_of_step(self, index, timestep, shown) or {}
+                    tensors |= {name: changed[name] for name in tensors if name in changed}
+                if index == len(timesteps) - 1 or (index + 1 > num_warmup and (index + 1) % scheduler.order == 0):
+                    bar.update()
+        denoised: Tensor = tensors["latents"]
+        return denoised
+
+    def _step(
+        self, start: _Denoising, timestep: Tensor, features: Tensor, latents: Tensor, prompt_embeds: Tensor
+    ) -> Tensor:
+        """Return the latents one step less noisy; both branches in one pass."""
+        is_guided = self.do_classifier_free_guidance
+        entering = self.scheduler.scale_model_input(latents, timestep)
+        entering = torch.cat([entering, entering]) if is_guided else entering
+        noise_pred = predict_noise(
+            self.unet,
+            self.controlnet,
+            entering,
+            timestep,
+            prompt_embeds,
+            features,
+            start.controlnet_conditioning_scale,
         )
-        if len(generators) != count:
-            raise ValueError(f"{len(generators)} generators were given for {count} queries: give one each")
-        text = self._encode_texts(prompt, count, "prompt")
-        features = self.controlnet.compute_condition_features(pairs, queries)
-        is_guided = guidance_scale > 1.0
         if is_guided:
-            text = torch.cat([self._encode_texts(negative_prompt, count, "negative_prompt"), text])
-            features = torch.cat([features, features])
+            unconditional, conditional = noise_pred.chunk(2)
+            noise_pred = unconditional + self.guidance_scale * (conditional - unconditional)
+        known = inspect.signature(self.scheduler.step).parameters
+        extra = {"eta": start.eta, "generator": start.generators}
+        extra = {name: value for name, value in extra.items() if name in known}
+        stepped: Tensor = self.scheduler.step(noise_pred, timestep, latents, **extra, return_dict=False)[0]
+        return stepped.to(latents.dtype)
 
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
-        latents = self._draw_latents(queries, generators) * self.scheduler.init_noise_sigma
-        for step in self.progress_bar(self.scheduler.timesteps):
-            entering = self.scheduler.scale_model_input(latents, step)
-            entering = torch.cat([entering, entering]) if is_guided else entering
-            noise_pred = predict_noise(
-                self.unet, self.controlnet, entering, step, text, features, controlnet_conditioning_scale
-            )
-            if is_guided:
-                unconditional, conditional = noise_pred.chunk(2)
-                noise_pred = unconditional + guidance_scale * (conditional - unconditional)
-            latents = self.scheduler.step(noise_pred, step, latents).prev_sample
-        return PromptDiffusionOutput(images=self._decode(latents, output_type))
-
-    def _to_tensor(self, images: Images) -> Tensor:
-        """Return N, 3, H, W in [-1, 1] on the pipeline's device."""
-        if isinstance(images, Image.Image):
-            images = [images]
-        if not isinstance(images, np.ndarray):
-            arrays = [np.asarray(image.convert("RGB"), dtype=np.uint8) for image in images]
-            if len({array.shape for array in arrays}) > 1:
-                raise ValueError(f"images of one batch must have one size, got {sorted({a.shape for a in arrays})}")
-            images = np.stack(arrays)
-        images = images[None] if images.ndim == 3 else images
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            raise ValueError(f"images are uint8 H, W, 3 or N, H, W, 3, got {images.dtype} {images.shape}")
-        stride = 2 ** (len(self.vae.config.block_out_channels) - 1) * 2 ** (
-            len(self.unet.config.block_out_channels) - 1
-        )
-        if images.shape[1] % stride or images.shape[2] % stride:
-            raise ValueError(
-                f"height and width must be multiples of {stride}, got {images.shape[1]} x {images.shape[2]}"
-            )
-        return to_model_range(images).to(self._execution_device, self.unet.dtype)
-
-    def _stack_pair(self, example_pair: tuple[Images, Images], queries: Tensor) -> Tensor:
-        """Return N, 6, H, W; one pair serves all queries."""
-        source, target = (self._to_tensor(images) for images in example_pair)
-        if source.shape != target.shape:
-            raise ValueError(
-                f"example source and target must have one size, got {tuple(source.shape)} and {tuple(target.shape)}"
-            )
-        pairs = torch.cat([source, target], dim=1)
-        pairs = pairs.expand(len(queries), -1, -1, -1) if len(pairs) == 1 else pairs
-        if len(pairs) != len(queries) or pairs.shape[2:] != queries.shape[2:]:
-            raise ValueError(
-                f"{len(pairs)} example pairs of {tuple(pairs.shape[2:])} pixels do not fit {len(queries)} queries of "
-                f"{tuple(queries.shape[2:])}"
-            )
-        return pairs
-
-    def _encode_texts(self, texts: str | Sequence[str], count: int, name: str) -> Tensor:
-        texts = [texts] * count if isinstance(texts, str) else list(texts)
-        if len(texts) != count:
-            raise ValueError(f"{len(texts)} texts were given as {name} for {count} queries: give one, or one each")
-        base = Base(self.vae, self.unet, self.text_encoder, self.tokenizer, self.scheduler)
-        return base.encode_text(texts).to(self.unet.dtype)
-
-    def _draw_latents(self, queries: Tensor, generators: Sequence[torch.Generator | None]) -> Tensor:
-        """Draw each image's latents from its own generator, on the CPU, so that a seed means the same everywhere."""
-        stride = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        shape = (self.unet.config.in_channels, queries.shape[2] // stride, queries.shape[3] // stride)
-        return torch.stack([torch.randn(shape, generator=each) for each in generators]).to(queries)
-
-    def _decode(self, latents: Tensor, output_type: OutputType) -> Any:  # noqa: ANN401 - as many types as output types
-        if output_type == "latent":
-            return latents
-        pixels = from_model_range(self.vae.decode(latents / self.vae.config.scaling_factor).sample)
-        if output_type == "uint8":
-            return pixels
-        if output_type == "np":
-            return pixels.astype(np.float32) / 255.0
-        return [Image.fromarray(image) for image in pixels]
+    def _decode(self, latents: Tensor) -> Tensor:
+        images: Tensor = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+        return images
 
 
-def load_pipeline(folder: Path, device: str = "cpu") -> PromptDiffusionPipeline:
-    """Load a pipeline from a folder that ``save_pretrained`` wrote: safetensors and JSON alone, nothing is executed.
+def _list_texts(texts: Texts, name: str) -> list[str]:
+    listed = [texts] if isinstance(texts, str) else list(texts)
+    wrong = [type(text).__name__ for text in listed if not isinstance(text, str)]
+    if wrong or not listed:
+        raise ValueError(f"{name} is a text or a list of texts, got {wrong[0] if wrong else 'an empty list'}")
+    return listed
 
-    ValueError names the folder where a part is missing.
-    """
-    missing = [
-        name
-        for name in ("vae", "text_encoder", "tokenizer", "unet", "controlnet", "scheduler")
-        if not (folder / name).is_dir()
-    ]
-    if missing:
-        raise ValueError(f"{folder} is no Prompt Diffusion pipeline: it has no {', '.join(missing)}")
-    parts: dict[str, Any] = {
-        "vae": AutoencoderKL.from_pretrained(folder / "vae", use_safetensors=True),
-        "text_encoder": CLIPTextModel.from_pretrained(folder / "text_encoder", use_safetensors=True),
-        "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        "unet": UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True),
-        "controlnet": PromptDiffusionControlNet.from_pretrained(folder / "controlnet", use_safetensors=True),
-        "scheduler": DDIMScheduler.from_pretrained(folder / "scheduler"),
-    }
-    pipeline: PromptDiffusionPipeline = PromptDiffusionPipeline(**parts).to(device)
-    for name in ("vae", "text_encoder", "unet", "controlnet"):
-        getattr(pipeline, name).eval().requires_grad_(False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+
+def _list_generators(generator: Generators, count: int) -> list[torch.Generator | None]:
+    """Return one generator an image; one alone serves all, one after the other."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return [generator] * count
+    if len(generator) != count:
+        raise ValueError(f"{len(generator)} generators were given for {count} images: give one each")
+    return list(generator)

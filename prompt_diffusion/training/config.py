@@ -72,6 +72,15 @@ class DropoutConfig(_Frozen):
     """Share of the samples that lose both."""
 
 
+class SamplingConfig(_Frozen):
+    """How pictures are made with the model: in its validation grid, and where a call of its pipeline does not say."""
+
+    num_inference_steps: int = Field(default=50, ge=1)
+    """Denoising steps."""
+    guidance_scale: float = Field(default=7.5, ge=1.0)
+    """Guidance weight; 1 is no guidance. The grid's image-to-map rows have none."""
+
+
 class TrainConfig(_Frozen):
     """The recipe of one training; the defaults are the published facts (see ``presets.paper`` for their sources)."""
 
@@ -102,6 +111,8 @@ class TrainConfig(_Frozen):
     """What the networks compute in, by autocast; weights, optimizer and loss stay float32, as published throughout."""
     train_decoder: bool = True
     """Train the UNet's decoder beside the ControlNet, as published (the flag that should lock it is inverted)."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How pictures are made with the model; saved with it."""
     batch_size: int = Field(default=512, ge=1)
     """Samples a step in all, over every process and micro-batch."""
     num_steps: int = Field(default=5000, ge=1)

@@ -13,7 +13,7 @@ from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
 from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.vision_tasks import ExamplePolicy, find_vision_task
 
-_SAMPLES, _STEPS, _GUIDANCE, _GAP = 4, 12, 2.5, 4
+_SAMPLES, _GAP = 4, 4
 
 
 def render_validation_grid(
@@ -41,8 +41,8 @@ def render_validation_grid(
             [sample.prompt for sample in samples],
             (sources, targets) if pipeline.controlnet.uses_example_pair else None,
             queries,
-            guidance_scale=_GUIDANCE if task.direction == "map_to_image" else 1.0,
-            num_inference_steps=_STEPS,
+            guidance_scale=config.sampling.guidance_scale if task.direction == "map_to_image" else 1.0,
+            num_inference_steps=config.sampling.num_inference_steps,
             generator=[torch.Generator().manual_seed(row) for row in range(len(samples))],
             output_type="uint8",
         ).images

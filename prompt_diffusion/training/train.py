@@ -92,9 +92,10 @@ def run_train(
     if not world.is_main:
         return None
     grid = validation.render_grid(progress.step)
-    pipeline = PromptDiffusionPipeline.from_parts(base, controlnet.eval()).to(
-        "cpu", memory_format=torch.contiguous_format
-    )
+    sampling = config.sampling
+    pipeline = PromptDiffusionPipeline.from_parts(
+        base, controlnet.eval(), sampling.num_inference_steps, sampling.guidance_scale
+    ).to("cpu", memory_format=torch.contiguous_format)
     return _seal_model(config, identity, store_root, pipeline, progress, grid)
 
 

@@ -8,7 +8,7 @@ import prompt_diffusion
 from prompt_diffusion.registry import RunTracker, connect, record_metrics, register_model
 from prompt_diffusion.settings import Settings
 from prompt_diffusion.store.manifest import open_manifest
-from prompt_diffusion.training.config import DropoutConfig, NoiseConfig, TrainConfig, TrainResources
+from prompt_diffusion.training.config import DropoutConfig, NoiseConfig, SamplingConfig, TrainConfig, TrainResources
 from prompt_diffusion.training.encode import EncodeConfig, run_encode, run_encode_text
 from prompt_diffusion.training.stage import TrainInputs
 from prompt_diffusion.training.train import run_train
@@ -26,6 +26,7 @@ def model(scene_inputs, tiny_base):
         dropout=DropoutConfig(),
         noise=NoiseConfig(prediction_type="v_prediction"),
         stem_channels=(4, 8, 8),
+        sampling=SamplingConfig(num_inference_steps=3, guidance_scale=2.0),
         batch_size=2,
         num_steps=1,
     )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from prompt_diffusion.training.config import DropoutConfig, NoiseConfig, OptimizerConfig, TrainConfig
+from prompt_diffusion.training.config import DropoutConfig, NoiseConfig, OptimizerConfig, SamplingConfig, TrainConfig
 from prompt_diffusion.training.encode import EncodeConfig, run_encode, run_encode_text
 from prompt_diffusion.training.stage import TrainInputs
 
@@ -26,6 +26,7 @@ def tiny_config(tiny_base):
         noise=NoiseConfig(prediction_type="v_prediction", late_fraction=0.3),
         optimizer=OptimizerConfig(name="muon", learning_rate=1e-3, flat_fraction=0.5, final_factor=0.1),
         stem_channels=(4, 8, 8),
+        sampling=SamplingConfig(num_inference_steps=3, guidance_scale=2.0),
         batch_size=6,
         num_steps=10,
     )

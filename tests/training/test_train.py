@@ -107,6 +107,7 @@ def test_a_sealed_training_is_a_pipeline_with_its_losses(train_inputs, tiny_conf
     losses = pq.read_table(tmp_path / "train" / ref.fingerprint / "losses.parquet").to_pylist()
     assert sum(row["num_samples"] for row in losses) == 3 * config.batch_size == manifest.counts["samples"]
     pipeline = load_pipeline(manifest.fetch_folder("pipeline", tmp_path / "cache"))
+    assert (pipeline.default_num_inference_steps, pipeline.default_guidance_scale) == (3, 2.0)
     fresh = load_base(config.base).unet.state_dict()
     moved = {
         name.split(".")[0] for name, value in pipeline.unet.state_dict().items() if not torch.equal(value, fresh[name])

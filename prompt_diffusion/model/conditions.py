@@ -1,0 +1,95 @@
+"""Query and example pairs of a call, checked against each other and brought to one size."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prompt_diffusion.model.images import Images, Picture, fit_picture, read_images, show_size, stack_pictures
+
+ExamplePair = tuple[Images, Images]
+"""(source, target): one image each, or one each a query."""
+ExamplePairs = ExamplePair | Sequence[ExamplePair] | None
+"""One pair, a list of K pairs, or none."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the stems read, in [-1, 1]."""
+
+    queries: Tensor
+    """N, 3, H, W."""
+    pairs: list[Tensor] | None
+    """K tensors of N (or 1), 6, H, W: source, then target."""
+
+    @property
+    def num_pairs(self) -> int:
+        """Example pairs of the batch: 1 where they are shared."""
+        return max((len(pair) for pair in self.pairs or []), default=1)
+
+
+def read_conditions(
+    query: Images, example_pair: ExamplePairs, height: int | None, width: int | None, stride: int
+) -> Conditions:
+    """Return queries and pairs of ``height`` x ``width`` pixels, or of the queries' own size.
+
+    ValueError, in one sentence: no size in common, no multiple of ``stride``, a pair whose sides differ in size.
+    """
+    queries = read_images(query, "query")
+    if not queries:
+        raise ValueError("query: there is no image in the list")
+    size = _choose_size(queries, height, width, stride)
+    pairs = None if example_pair is None else [_read_pair(pair, size) for pair in list_pairs(example_pair)]
+    if pairs == []:
+        raise ValueError("there is no example pair in the list: give at least one, or None")
+    return Conditions(stack_pictures([fit_picture(each, *size) for each in queries]), pairs)
+
+
+def count_batch(num_queries: int, given: Mapping[str, int]) -> int:
+    """Return the size of a batch: of queries or, where one serves all, of the longest list; ValueError names what is not."""
+    count = num_queries if num_queries > 1 else max(given.values())
+    for name, number in given.items():
+        if number not in (1, count):
+            whose = "queries" if count == num_queries else "images"
+            raise ValueError(f"{number} {name} were given for {count} {whose}: give one, or one each")
+    return count
+
+
+def _choose_size(queries: list[Picture], height: int | None, width: int | None, stride: int) -> tuple[int, int]:
+    sizes = sorted({each.shape[:2] for each in queries})
+    if len(sizes) > 1 and (height is None or width is None):
+        listed = ", ".join(f"{rows} x {columns}" for rows, columns in sizes)
+        raise ValueError(f"queries of one batch must have one size, got {listed}: give height and width")
+    size = (height or sizes[0][0], width or sizes[0][1])
+    if size[0] < stride or size[1] < stride or size[0] % stride or size[1] % stride:
+        near = [max(stride, round(side / stride) * stride) for side in size]
+        raise ValueError(
+            f"height and width must be multiples of {stride}, got {size[0]} x {size[1]}: "
+            f"give height={near[0]}, width={near[1]}"
+        )
+    return size
+
+
+def list_pairs(example_pair: ExamplePair | Sequence[ExamplePair]) -> list[ExamplePair]:
+    """Return every pair alone; ValueError where one is no (source, target)."""
+    pairs = [example_pair] if isinstance(example_pair, tuple) else list(example_pair)
+    for pair in pairs:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise ValueError("example_pair is (source, target), a list of such pairs, or None")
+    return [(pair[0], pair[1]) for pair in pairs]
+
+
+def _read_pair(pair: ExamplePair, size: tuple[int, int]) -> Tensor:
+    """Return N, 6, H, W."""
+    sources, targets = read_images(pair[0], "example source"), read_images(pair[1], "example target")
+    if len(sources) != len(targets) or not sources:
+        raise ValueError(f"example pairs have as many sources as targets, got {len(sources)} and {len(targets)}")
+    for source, target in zip(sources, targets, strict=True):
+        if source.shape != target.shape:
+            raise ValueError(
+                f"example source and target must have one size, got {show_size(source)} and {show_size(target)} "
+                "(height x width): resize one of them"
+            )
+    sides = (stack_pictures([fit_picture(each, *size) for each in side]) for side in (sources, targets))
+    return torch.cat(list(sides), dim=1)
