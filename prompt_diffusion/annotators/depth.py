@@ -117,6 +117,7 @@ MIDAS_WEIGHTS = PublishedWeights(
         revision="38a62cbf79862c1bac73405ec8dc46133aee3e36",
         path="annotator/ckpts/dpt_hybrid-midas-501f0c75.pt",
     ),
+    licence="MIT",
 )
 DEPTH_MIDAS = define_network("depth_midas", "depth", build_midas_depth, MIDAS_WEIGHTS)
 NORMAL_MIDAS = define_network("normal_midas", "normal", build_midas_normals, MIDAS_WEIGHTS)
@@ -132,5 +133,6 @@ DEPTH_ANYTHING_V2 = define_network(
             revision="5426e4f0f36572d16453bbda7a8389317b1bef99",
             path="model.safetensors",
         ),
+        licence="Apache-2.0",
     ),
 )

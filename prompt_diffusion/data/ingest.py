@@ -38,6 +38,15 @@ _NATIVE_SOURCES: dict[str, Callable[[Any, None], Source]] = {
 }
 
 
+SOURCE_LICENCES: dict[str, str] = {
+    "scenes": "Apache-2.0 (drawn by this project's code)",
+    "photos": "several: those of the photographs that scikit-image and scikit-learn ship, as these packages list them",
+    "image_folder": "unknown (a user's own images)",
+    "instruct_pix2pix": "unknown (its code is MIT, its images were made with Stable Diffusion, CreativeML OpenRAIL-M)",
+}
+"""The licence of the images, by the kind of their source."""
+
+
 class IngestConfig(BaseModel):
     """What is read, at which resolution, and how it is split."""
 

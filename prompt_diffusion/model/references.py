@@ -16,6 +16,12 @@ BESIDE_BASE = "base"
 """The reference of the ControlNet that stands beside the base."""
 PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 
+BASE_LICENCES = {
+    DEMO_BASE: "Apache-2.0",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "CreativeML OpenRAIL-M",
+}
+"""The licence of the bases that the presets name."""
+
 _READ = ("*.json", "*.txt", "model.safetensors", "diffusion_pytorch_model.safetensors", "*-of-*.safetensors")
 # of a repository that holds a ControlNet alone
 _ROOT_FILES = ("config.json", "diffusion_pytorch_model.safetensors", "model_index.json")

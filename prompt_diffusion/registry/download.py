@@ -1,29 +1,44 @@
 """From a reference to a local folder whose files are what was registered, and to a pipeline."""
 
-import json
+import re
+import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
-from prompt_diffusion.registry.versions import SCHEME, find_version, say_registry
+from prompt_diffusion.model.mirror import find_model
+from prompt_diffusion.model.references import fetch_repository, is_hub_reference
+from prompt_diffusion.registry.cache import complete_copy, link_or_copy
+from prompt_diffusion.registry.versions import DIGEST_TAG, SCHEME, find_version, say_registry
 from prompt_diffusion.settings import Settings, load_settings
-from prompt_diffusion.store.fingerprint import compute_digest
+from prompt_diffusion.training.stage import PIPELINE_FOLDER
 
 if TYPE_CHECKING:
     import torch
+    from mlflow.entities.model_registry import ModelVersion
 
     from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
 
-DIGESTS_FILE = "digests.json"
-DIGEST_TAG = "digests_sha256"
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
 def load(
     reference: str, settings: Settings | None = None, device: str = "cpu", dtype: "torch.dtype | None" = None
 ) -> "PromptDiffusionPipeline":
-    """Load a pipeline: ``models:/name@alias``, ``models:/name/3``, or a folder that holds one.
+    """Load a pipeline.
+
+    Args:
+        reference: ``models:/name@alias``, ``models:/name/3``, ``models:/name`` (its champion, or its challenger as long as
+            there is no champion), a folder in diffusers' layout, or a hub's repository (``name`` or ``name@revision``).
+        settings: Where the registry and the cache are; None reads the environment.
+        device: A torch device.
+        dtype: What to compute in; None is float32.
 
     Raises:
-        ValueError: In one sentence, a reference that leads nowhere, or files that are not what was registered.
+        ValueError: In one sentence, a reference that leads nowhere, a registry that does not answer, or files that are not
+            what was registered.
     """
     from prompt_diffusion.model.pipeline import load_pipeline
 
@@ -32,27 +47,60 @@ def load(
 
 
 def fetch(reference: str, settings: Settings) -> Path:
-    """Return a local folder with the pipeline of a registered model, its files checked; ValueError as ``load`` raises it."""
-    if not reference.startswith(SCHEME):
-        if not Path(reference).is_dir():
-            raise ValueError(f"{reference!r} is neither a folder nor a registered model (models:/NAME@ALIAS)")
+    """Return a local folder that holds a pipeline, as ``load`` takes it; ValueError as ``load`` raises it.
+
+    A registered model's files are copied once to ``{cache_dir}/models``, and checked against their digests every time.
+    """
+    if reference.startswith(SCHEME):
+        with say_registry(settings) as client:
+            version = find_version(client, reference)
+        return _fetch_version(version, reference, settings)
+    if Path(reference).is_dir():
         return Path(reference)
-    with say_registry(settings) as client:
-        import mlflow
-
-        version = find_version(client, reference)
-        folder = Path(
-            mlflow.artifacts.download_artifacts(artifact_uri=version.source, tracking_uri=settings.tracking_uri)
+    if not is_hub_reference(reference) or _HUB_NAME.fullmatch(reference) is None:
+        raise ValueError(
+            f"{reference!r} is neither a folder nor a registered model (models:/NAME@ALIAS, models:/NAME/VERSION) nor a hub's "
+            "repository (NAME/REPOSITORY)"
         )
-    _check_digests(folder, version.tags[DIGEST_TAG], reference)
-    return folder
+    found = Path(find_model(reference, settings.store, settings.cache_dir))
+    return found if found.is_dir() else fetch_repository(reference)
 
 
-def _check_digests(folder: Path, expected: str, reference: str) -> None:
-    listing = (folder / DIGESTS_FILE).read_bytes()
-    if compute_digest(listing) != expected:
-        raise ValueError(f"{reference!r} was altered: {DIGESTS_FILE} is not what was registered")
-    for path, digest in json.loads(listing).items():
-        file = folder / path
-        if not file.is_file() or compute_digest(file.read_bytes()) != digest:
-            raise ValueError(f"{reference!r} was altered: {path} is not what was registered")
+def find_pipeline(version: "ModelVersion") -> str:
+    """Return the URI of the folder, in a version's artifact, that holds the pipeline and its digests."""
+    source: str = version.source.rstrip("/")
+    # versions of before there was a served model around the pipeline
+    return source if source.endswith(f"/{PIPELINE_FOLDER}") else f"{source}/{PIPELINE_FOLDER}"
+
+
+def _fetch_version(version: "ModelVersion", reference: str, settings: Settings) -> Path:
+    digest = version.tags.get(DIGEST_TAG)
+    if digest is None:
+        raise ValueError(f"{reference!r} was not registered by this project: it has no digests, so it is not loaded")
+    place = find_pipeline(version)
+
+    def fetch_file(path: str, target: Path) -> None:
+        _fetch_artifact(f"{place}/{path}", target, settings, reference)
+
+    return complete_copy(settings.cache_dir / "models", digest, fetch_file, reference)
+
+
+def _fetch_artifact(uri: str, target: Path, settings: Settings, reference: str) -> None:
+    parts = urlsplit(uri)
+    if parts.scheme in ("", "file"):
+        local = Path(url2pathname(parts.path) if parts.scheme else uri)
+        if local.is_file():
+            link_or_copy(local, target)
+        return  # a missing file is named by whoever checks its digest
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as folder:
+        try:
+            found = mlflow.artifacts.download_artifacts(
+                artifact_uri=uri, dst_path=folder, tracking_uri=settings.tracking_uri
+            )
+        except (MlflowException, OSError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{reference!r} cannot be fetched from {uri}: {reason}") from error
+        shutil.move(found, target)

@@ -1,32 +1,33 @@
 """Making a model a version: a sealed training, or a folder that was made elsewhere."""
 
 import json
-import os
-import shutil
 import tempfile
-import threading
-from collections.abc import Mapping
-from fnmatch import fnmatch
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prompt_diffusion.model.digest import digest_file
-from prompt_diffusion.model.references import FILES
-from prompt_diffusion.registry.download import DIGEST_TAG, DIGESTS_FILE
+from prompt_diffusion.registry.artifact import ARTIFACT, FACTS_FILE, write_artifact
+from prompt_diffusion.registry.cache import CARD_FILE, digest_listing, hold, is_read, link_or_copy
+from prompt_diffusion.registry.card import render_card, render_description
 from prompt_diffusion.registry.facts import ModelFacts
+from prompt_diffusion.registry.provenance import collect_facts
 from prompt_diffusion.registry.versions import (
     CHALLENGER,
+    DIGEST_TAG,
     LICENCES_TAG,
     METRIC_TAG,
+    SCHEME,
     SOURCE_TAG,
     TITLE_TAG,
     VISION_TASKS_TAG,
     RegisteredModel,
 )
 from prompt_diffusion.settings import Settings
-from prompt_diffusion.store.fingerprint import compute_digest
 from prompt_diffusion.store.manifest import Manifest, ManifestRef, open_manifest
-from prompt_diffusion.tracking.client import FINGERPRINT_TAG, connect, find_or_create_run
+from prompt_diffusion.store.storage import local_path
+from prompt_diffusion.tracking.client import FINGERPRINT_TAG, connect, find_or_create_run, knock
 from prompt_diffusion.tracking.delivery import deliver_outboxes
 from prompt_diffusion.training.stage import PIPELINE_FOLDER
 
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-_LOCK = threading.Lock()  # two threads with the same model make one version
+_DESCRIPTION = "Prompt Diffusion: in-context vision tasks by example pairs."
+_MAX_TAG = 5000  # characters that MLflow's databases hold
 
 
 def register_model(
@@ -42,30 +44,23 @@ def register_model(
 ) -> RegisteredModel:
     """Make a sealed training a model version and give it the alias; the same model is registered once.
 
-    The version carries the training's fingerprint, the fingerprints of its inputs, and digests of every file. What trainings
-    could not tell MLflow when it was away is delivered first.
+    The version carries the training's configuration and fingerprint, the fingerprints of its inputs, licences, a model card,
+    and digests of every file. What trainings could not tell MLflow when it was away is delivered first. ConnectionError,
+    within seconds, where the registry does not answer.
     """
+    knock(settings)
     deliver_outboxes(settings)
     manifest = open_manifest(model.uri)
-    with _LOCK:
-        client = connect(settings)
+    with _open_registry(settings) as client:
         version = _find_version(client, settings.registered_model, model.fingerprint)
         if version is None:
-            with tempfile.TemporaryDirectory() as folder:
-                pipeline = manifest.fetch_folder(PIPELINE_FOLDER, Path(folder))
+            with _make_room(settings) as root:
+                digests = _stage_training(manifest, root)
+                facts = collect_facts(manifest)
                 version = _create_version(
-                    client,
-                    settings,
-                    pipeline,
-                    _collect_facts(manifest),
-                    model.fingerprint,
-                    f"train-{model.fingerprint[:8]}",
+                    client, settings, root, digests, facts, model.fingerprint, f"train-{model.fingerprint[:8]}"
                 )
-        client.set_registered_model_alias(version.name, alias, version.version)
-    registered = RegisteredModel(name=version.name, version=str(version.version), alias=alias, run_id=version.run_id)
-    if metrics:
-        record_metrics(registered, settings, metrics)
-    return registered
+        return _name(client, version, alias, metrics or {})
 
 
 def register_folder(
@@ -74,66 +69,80 @@ def register_folder(
     """Make a diffusers folder that was not trained here a model version and give it the alias.
 
     ``name`` is the registered model, None the settings'. A folder with the same files is one version, whatever its facts.
-    ValueError for a folder that holds no Prompt Diffusion pipeline.
+    ValueError for a folder that holds no Prompt Diffusion pipeline; ConnectionError, within seconds, where the registry does
+    not answer.
     """
-    files = _list_files(folder)
-    if "controlnet/config.json" not in files or not any(path.endswith(".safetensors") for path in files):
-        raise ValueError(f"{folder} holds no Prompt Diffusion pipeline in diffusers' layout: it has no controlnet")
+    paths = _list_files(folder)
     if name is not None:
         settings = settings.model_copy(update={"registered_model": name})
-    with _LOCK, tempfile.TemporaryDirectory(dir=folder.resolve().parent) as place:
-        client = connect(settings)
-        pipeline = Path(place) / PIPELINE_FOLDER
-        for path in files:
-            _link(folder / path, pipeline / path)
-        fingerprint = compute_digest(_list_digests(pipeline))[:32]
+    knock(settings)
+    with _open_registry(settings) as client, _make_room(settings) as root:
+        digests = {}
+        for path in paths:
+            link_or_copy(folder / path, root / PIPELINE_FOLDER / path)
+            digests[path] = digest_file(root / PIPELINE_FOLDER / path)
+        fingerprint = digest_listing(digests)[1][:32]
         version = _find_version(client, settings.registered_model, fingerprint) or _create_version(
-            client, settings, pipeline, facts, fingerprint, f"import-{fingerprint[:8]}"
+            client, settings, root, digests, facts, fingerprint, f"import-{fingerprint[:8]}"
         )
-        client.set_registered_model_alias(version.name, alias, version.version)
-    return RegisteredModel(name=version.name, version=str(version.version), alias=alias, run_id=version.run_id)
+        return _name(client, version, alias, {})
 
 
 def record_metrics(model: RegisteredModel, settings: Settings, metrics: Mapping[str, float]) -> None:
-    """Add numbers, such as benchmark cells, to a model version: to its run, and as tags to be read beside it."""
+    """Add numbers, such as benchmark cells, to a model version: to its run, as tags to be read beside it, and to its card."""
     client = connect(settings)
-    for name, value in metrics.items():
-        client.log_metric(model.run_id, name, value)
-        client.set_model_version_tag(model.name, model.version, f"{METRIC_TAG}{name}", f"{value:.6g}")
+    version = client.get_model_version(model.name, model.version)
+    _record(client, version, metrics)
 
 
-def _collect_facts(manifest: Manifest) -> ModelFacts:
-    identity = manifest.identity
-    return ModelFacts(
-        title="Prompt Diffusion",
-        source=f"trained here, training {identity.fingerprint}",
-        vision_tasks=tuple(identity.config["vision_tasks"]),
-        configuration=identity.config,
-        datasets=identity.inputs,
-    )
+@contextmanager
+def _open_registry(settings: Settings) -> Iterator["MlflowClient"]:
+    """Give a client; of this machine's processes and threads, one registers at a time: the same model makes one version."""
+    with hold(settings.cache_dir / "models" / "register.lock"):
+        yield connect(settings)
+
+
+@contextmanager
+def _make_room(settings: Settings) -> Iterator[Path]:
+    """Give a folder beside the cache: a model is larger than what a machine's temporary folder may hold."""
+    place = settings.cache_dir / "models"
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place, prefix="registering-") as folder:
+        yield Path(folder) / ARTIFACT
+
+
+def _stage_training(manifest: Manifest, root: Path) -> dict[str, str]:
+    """Lay a training's pipeline out below ``root``, checked, and return its digests by path.
+
+    From a store on this machine the files get a second name, no copy; from another they are fetched.
+    """
+    prefix = f"{PIPELINE_FOLDER}/"
+    files = [
+        file for file in manifest.files if file.path.startswith(prefix) and is_read(file.path.removeprefix(prefix))
+    ]
+    store = local_path(manifest.ref.uri)
+    if store is None:
+        folder = manifest.fetch_folder(PIPELINE_FOLDER, root.with_name("fetched"))
+        root.mkdir(parents=True)
+        folder.rename(root / PIPELINE_FOLDER)
+    else:
+        for file in files:
+            link_or_copy(store / file.path, root / file.path)
+            if digest_file(root / file.path) != file.sha256:
+                manifest.read_file(file.path)  # says what is wrong with it, and the way out
+    return {file.path.removeprefix(prefix): file.sha256 for file in files}
 
 
 def _list_files(folder: Path) -> list[str]:
-    """Return the paths of what is read of a pipeline: neither pickles nor other precisions."""
+    """Return the paths of what is read of a pipeline: neither pickles nor other precisions; ValueError for no pipeline."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: a pipeline in diffusers' layout is registered")
-    paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(path for path in paths if any(fnmatch(path, pattern) for pattern in FILES))
-
-
-def _list_digests(pipeline: Path) -> bytes:
-    paths = sorted(path for path in pipeline.rglob("*") if path.is_file())
-    digests = {path.relative_to(pipeline).as_posix(): digest_file(path) for path in paths}
-    return json.dumps(digests, indent=2, sort_keys=True).encode()
-
-
-def _link(source: Path, target: Path) -> None:
-    """Let a second name stand for a file, or copy it where the file system cannot."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
+        raise ValueError(f"{folder} is no folder: name one that holds a pipeline in diffusers' layout")
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    paths = sorted(filter(is_read, found))
+    for part in ("controlnet", "unet", "vae", "text_encoder"):
+        if not any(path.startswith(f"{part}/") and path.endswith(".safetensors") for path in paths):
+            raise ValueError(f"{folder} holds no Prompt Diffusion pipeline: it has no {part} with safetensors weights")
+    return paths
 
 
 def _find_version(client: "MlflowClient", name: str, fingerprint: str) -> "ModelVersion | None":
@@ -146,26 +155,72 @@ def _find_version(client: "MlflowClient", name: str, fingerprint: str) -> "Model
 
 
 def _create_version(
-    client: "MlflowClient", settings: Settings, pipeline: Path, facts: ModelFacts, fingerprint: str, run_name: str
+    client: "MlflowClient",
+    settings: Settings,
+    root: Path,
+    digests: dict[str, str],
+    facts: ModelFacts,
+    fingerprint: str,
+    run_name: str,
 ) -> "ModelVersion":
-    """Upload a pipeline with its digests, and make it a version."""
+    """Upload what lies in ``root`` and make it a version."""
     from mlflow.exceptions import MlflowException
 
-    listing = _list_digests(pipeline)
+    listing, digest = digest_listing(digests)
     run_id, _ = find_or_create_run(client, settings, run_name, fingerprint)
-    (pipeline / DIGESTS_FILE).write_bytes(listing)
-    client.log_artifacts(run_id, str(pipeline), PIPELINE_FOLDER)
+    write_artifact(root, facts, listing, digest, run_id)
+    client.log_artifacts(run_id, str(root), ARTIFACT)
     client.set_terminated(run_id)
     name = settings.registered_model
     try:
-        client.create_registered_model(name, description="Prompt Diffusion: in-context vision tasks by example pairs.")
+        client.create_registered_model(name, description=_DESCRIPTION)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    tags = {FINGERPRINT_TAG: fingerprint, DIGEST_TAG: compute_digest(listing)}
-    tags |= {f"input.{role}": digest for role, digest in facts.datasets.items()}
-    tags |= {TITLE_TAG: facts.title, SOURCE_TAG: facts.source, LICENCES_TAG: json.dumps(facts.licences)}
+    tags = {FINGERPRINT_TAG: fingerprint, DIGEST_TAG: digest}
+    tags |= {f"input.{role}": value for role, value in facts.datasets.items()}
+    tags |= {
+        TITLE_TAG: facts.title[:_MAX_TAG],
+        SOURCE_TAG: facts.source[:_MAX_TAG],
+        LICENCES_TAG: json.dumps(facts.licences),
+    }
     tags |= {VISION_TASKS_TAG: ", ".join(facts.vision_tasks)}
-    source = f"{client.get_run(run_id).info.artifact_uri}/{PIPELINE_FOLDER}"
+    # The artifact's own address: MLflow would look up models:/m-... at its process-wide address, not at this client's.
+    source = f"{client.get_run(run_id).info.artifact_uri}/{ARTIFACT}"
     version: ModelVersion = client.create_model_version(name, source, run_id, tags=tags)
     return version
+
+
+def _name(client: "MlflowClient", version: "ModelVersion", alias: str, metrics: Mapping[str, float]) -> RegisteredModel:
+    """Give a version its alias, and its card once it has metrics or none yet."""
+    if metrics or not version.description:
+        _record(client, version, metrics)
+    client.set_registered_model_alias(version.name, alias, version.version)
+    return RegisteredModel(name=version.name, version=str(version.version), alias=alias, run_id=version.run_id)
+
+
+def _record(client: "MlflowClient", version: "ModelVersion", metrics: Mapping[str, float]) -> None:
+    """Keep metrics, and render the card of all that is known now."""
+    for name, value in metrics.items():
+        client.log_metric(version.run_id, name, value)
+        client.set_model_version_tag(version.name, version.version, f"{METRIC_TAG}{name}", f"{value:.6g}")
+    tags = client.get_model_version(version.name, version.version).tags
+    known = {key.removeprefix(METRIC_TAG): float(value) for key, value in tags.items() if key.startswith(METRIC_TAG)}
+    facts = _read_facts(client, version)
+    if facts is None:
+        return  # registered before there were cards
+    uri = f"{SCHEME}{version.name}/{version.version}"
+    client.update_model_version(version.name, version.version, render_description(facts, uri, known))
+    with tempfile.TemporaryDirectory() as folder:
+        card = Path(folder) / CARD_FILE
+        card.write_text(render_card(facts, uri, known))
+        client.log_artifact(version.run_id, str(card), f"{ARTIFACT}/{PIPELINE_FOLDER}")
+
+
+def _read_facts(client: "MlflowClient", version: "ModelVersion") -> ModelFacts | None:
+    """Return what a version said of its model when it was registered; None where it was registered before facts were kept."""
+    if not version.source.rstrip("/").endswith(f"/{ARTIFACT}"):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = client.download_artifacts(version.run_id, f"{ARTIFACT}/{FACTS_FILE}", folder)
+        return ModelFacts.model_validate_json(Path(path).read_bytes())

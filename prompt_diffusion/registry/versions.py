@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 CHALLENGER = "challenger"
 CHAMPION = "champion"
 SCHEME = "models:/"
+DIGEST_TAG = "digests_sha256"
 METRIC_TAG = "metric."
 TITLE_TAG, SOURCE_TAG, LICENCES_TAG, VISION_TASKS_TAG = "title", "source", "licences", "vision_tasks"
 

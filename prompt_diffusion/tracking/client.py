@@ -1,6 +1,7 @@
 """MLflow's client: where it is, whether it answers, and the run that belongs to a training."""
 
 import os
+import socket
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 EXPERIMENT = "prompt-diffusion"
 FINGERPRINT_TAG = "fingerprint"
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+_DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _KNOCK_SECONDS = 5
 _LOCK = threading.Lock()  # MLflow's SQLite migrations do not bear two threads that open a new database at once
 
@@ -49,6 +51,7 @@ def connect(settings: Settings) -> "MlflowClient":
     """Return a client of the tracking server or database that the settings name; a SQLite file's folder is made."""
     check_tracking_uri(settings.tracking_uri)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # there would be one for each file
     with _LOCK:
         from mlflow import MlflowClient
 
@@ -58,11 +61,13 @@ def connect(settings: Settings) -> "MlflowClient":
 
 
 def knock(settings: Settings) -> None:
-    """Raise ConnectionError within seconds where a tracking server does not answer or is not well.
+    """Raise ConnectionError within seconds where a tracking server does not answer or is not well, or a database's machine
+    takes no connection.
 
     MLflow's own client would try for minutes, as its environment variables say; those stay as they are, for everybody else.
     """
     if not settings.tracking_uri.startswith(("http://", "https://")):
+        _knock_database(settings.tracking_uri)
         return
     from mlflow.exceptions import MlflowException
     from mlflow.utils.credentials import get_default_host_creds
@@ -78,6 +83,17 @@ def knock(settings: Settings) -> None:
         raise ConnectionError(f"{settings.tracking_uri} does not answer ({type(reason).__name__})") from error
     if answer.status_code >= 500:
         raise ConnectionError(f"{settings.tracking_uri} answers with status {answer.status_code}")
+
+
+def _knock_database(uri: str) -> None:
+    parts = urlsplit(uri)
+    port = parts.port or _DATABASE_PORTS.get(parts.scheme.partition("+")[0])
+    if parts.hostname is None or port is None:
+        return  # a file, or a database that is found by its driver's own means
+    try:
+        socket.create_connection((parts.hostname, port), _KNOCK_SECONDS).close()
+    except OSError as error:
+        raise ConnectionError(f"{parts.hostname}:{port} does not answer ({error})") from error
 
 
 def find_or_create_run(

@@ -94,7 +94,7 @@ def test_registration_first_delivers_what_the_training_could_not(model, settings
     run = connect(settings).get_run(run_id)
     assert run.data.tags["fingerprint"] == model.fingerprint
     assert [(p.step, p.value) for p in connect(settings).get_metric_history(run_id, "loss")] == [(1, 0.5)]
-    assert {"grid.png", "losses.parquet", "pipeline"} <= {
+    assert {"grid.png", "losses.parquet", "model"} <= {
         file.path for file in connect(settings).list_artifacts(run_id)
     }
 
@@ -104,7 +104,7 @@ def test_an_altered_file_is_refused_by_name(model, settings, registered):
     from pathlib import Path
     from urllib.parse import urlparse
 
-    folder = Path(urlparse(version.source).path)
+    folder = Path(urlparse(version.source).path) / "pipeline"
     weights = folder / "controlnet" / "diffusion_pytorch_model.safetensors"
     original = weights.read_bytes()
     try:

@@ -1,0 +1,111 @@
+"""What a sealed training says of itself: its recipe, its data, and the licences of all that went into it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from prompt_diffusion.annotators.config import EXACT
+from prompt_diffusion.annotators.table import ANNOTATORS
+from prompt_diffusion.data.ingest import SOURCE_LICENCES
+from prompt_diffusion.model.mirror import MIRROR
+from prompt_diffusion.model.references import BASE_LICENCES, DEMO_BASE, is_hub_reference
+from prompt_diffusion.registry.facts import UNKNOWN, ModelFacts
+from prompt_diffusion.store.manifest import Manifest, UnsealedError, open_manifest
+from prompt_diffusion.store.storage import join_uri
+from prompt_diffusion.training.config import TrainConfig
+
+CODE_LICENCE = "Apache-2.0"
+# Input roles of a training whose manifests say something of the data, and the stage that sealed them.
+_STAGES = {"pairs": "ingest", "maps": "annotate"}
+_SOURCE_LIMITS = {
+    "scenes": "Trained on drawn scenes of coloured primitives: of no use for photographs.",
+    "photos": "Trained on crops of nine photographs: it knows little else.",
+}
+
+
+def collect_facts(model: Manifest) -> ModelFacts:
+    """Return what a version says of a sealed training; what cannot be found out is "unknown"."""
+    config = TrainConfig.model_validate_json(model.read_file("config.json"))
+    base = name_base(config.base)
+    data = dict(_open_data(model))
+    kinds = {role: manifest.identity.config["source"]["kind"] for role, manifest in data.items() if _is_pairs(role)}
+    sizes = {manifest.identity.config["image_size"] for role, manifest in data.items() if _is_pairs(role)}
+    limits = [_SOURCE_LIMITS[kind] for kind in dict.fromkeys(kinds.values()) if kind in _SOURCE_LIMITS]
+    limits += [f"Trained at {size} x {size} pixels; nothing is known of other sizes." for size in sorted(sizes)]
+    return ModelFacts(
+        title=_title(config),
+        source=f"trained with this project, training {model.ref.fingerprint}",
+        base=base,
+        vision_tasks=config.vision_tasks,
+        licences={"code": CODE_LICENCE, "base": BASE_LICENCES.get(base, UNKNOWN), **_find_licences(model, data, kinds)},
+        configuration=model.identity.config,
+        datasets=model.identity.inputs,
+        dataset_notes={"base": base} | {role: _describe(manifest) for role, manifest in data.items()},
+        limits=tuple(limits),
+    )
+
+
+def name_base(reference: str) -> str:
+    """Return what a base may be called in public: its own name, never a folder of this machine."""
+    if reference == DEMO_BASE or is_hub_reference(reference):
+        return reference
+    _, mirrored, repository = reference.partition(f"{MIRROR}/")
+    return repository if mirrored else "a model from a folder"
+
+
+def _title(config: TrainConfig) -> str:
+    count = len(config.vision_tasks)
+    what = "ControlNet" if config.method == "controlnet" else "Prompt Diffusion"
+    tasks = config.vision_tasks[0].replace("_", " ") if count == 1 else f"{count} vision tasks"
+    return f"{what}, {tasks}"
+
+
+def _open_data(model: Manifest) -> Iterator[tuple[str, Manifest]]:
+    """Yield the sealed image pairs and condition maps that a training read, by role, as far as its store has them."""
+    root = model.ref.uri.removesuffix(f"/{model.ref.stage}/{model.ref.fingerprint}")
+    for role, fingerprint in model.identity.inputs.items():
+        stage = _STAGES.get(_kind(role))
+        if stage is None:
+            continue
+        try:
+            yield role, open_manifest(join_uri(root, stage, fingerprint))
+        except (UnsealedError, ValueError):  # a store that the data was not copied to, or another project's stage
+            continue
+
+
+def _kind(role: str) -> str:
+    """Return pairs, maps, latents or text: a further dataset's roles begin with its number."""
+    parts = role.split("/")
+    return parts[1] if parts[0].startswith("dataset-") else parts[0]
+
+
+def _is_pairs(role: str) -> bool:
+    return _kind(role) == "pairs"
+
+
+def _find_licences(model: Manifest, data: dict[str, Manifest], kinds: dict[str, str]) -> dict[str, str]:
+    """Return the licences of the images and of the annotators' weights; one that cannot be found is unknown."""
+    found: dict[str, str] = {}
+    for role in model.identity.inputs:
+        if _is_pairs(role):
+            name = role.replace("pairs", "dataset") if role == "pairs" else role.removesuffix("/pairs")
+            found[name] = SOURCE_LICENCES[kinds[role]] if role in kinds else UNKNOWN
+        elif _kind(role) == "maps":
+            annotator = data[role].identity.config["annotator"] if role in data else None
+            if annotator == EXACT:
+                continue
+            spec = None if annotator is None else ANNOTATORS.get(annotator)
+            if spec is not None and spec.weights is None:
+                continue  # arithmetic alone
+            licence = UNKNOWN if spec is None or spec.weights is None else spec.weights.licence
+            found[f"annotator {annotator or role}"] = licence
+    return found
+
+
+def _describe(manifest: Manifest) -> str:
+    """Return what a dataset is, in a few words."""
+    config: dict[str, Any] = manifest.identity.config
+    rows = f"{manifest.ref.rows:,} rows"
+    if manifest.ref.stage == "ingest":
+        return f"{config['source']['kind']}, {rows}, {config['image_size']} pixels"
+    maker = "the source's own exact maps" if config["annotator"] == EXACT else f"maps by {config['annotator']}"
+    return f"{maker}, {rows}"
