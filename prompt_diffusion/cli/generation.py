@@ -1,8 +1,9 @@
 """The commands that make images with a model: `generate`, `edit`, and `settings`, which reads how one was made."""
 
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from typer.core import TyperCommand
@@ -12,8 +13,6 @@ from prompt_diffusion.cli.progress import show_steps
 from prompt_diffusion.cli.shared import say_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
     from prompt_diffusion.generation import Generation, GenerationRequest
 
 DEFAULT_MODEL = "models:/prompt-diffusion@challenger"
@@ -39,8 +38,15 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Replace a file that 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")]
 
 
+class ExampleFiles(NamedTuple):
+    """The two values of one --example."""
+
+    source: Path
+    target: Path
+
+
 class PairsCommand(TyperCommand):
-    """A command whose --example takes two values each time: the option parser knows such options, Typer's types do not."""
+    """A command whose --example takes two values each time: Typer refuses lists of tuples, its option parser knows them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - Typer's own
         super().__init__(*args, **kwargs)
@@ -54,7 +60,7 @@ def generate(
     query: Annotated[Path, typer.Option(help="The image to do the same to.")],
     out: OutOption,
     example: Annotated[
-        list[str] | None,
+        list[ExampleFiles] | None,
         typer.Option(metavar="SOURCE TARGET", help="An example pair; several are averaged; none: the text alone."),
     ] = None,
     prompt: Annotated[str, typer.Option(help="Text; empty lets the example pairs decide alone.")] = "",
@@ -85,8 +91,7 @@ def generate(
         "scheduler": scheduler,
         "size": size,
     }
-    pairs = [(Path(source), Path(target)) for source, target in cast("list[tuple[str, str]]", example or [])]
-    _make([fields | {"seed": seed + n} for n in range(num_images)], query, pairs, out, device, force, as_json)
+    _make([fields | {"seed": seed + n} for n in range(num_images)], query, example or [], out, device, force, as_json)
 
 
 @say_errors
@@ -176,7 +181,7 @@ def settings(
 def _make(
     fields: list[dict[str, Any]],
     query: Path,
-    pairs: list[tuple[Path, Path]],
+    pairs: Sequence[tuple[Path, Path]],
     out: Path,
     device: str,
     is_forced: bool,
@@ -195,6 +200,8 @@ def _make(
     made = []
     for path, generation in zip(outs, _run(requests, image, examples, device), strict=True):
         write_file(path, encode_result(generation.image, generation.record))
+        for note in generation.notes:
+            print(f"prompt-diffusion: {note}", file=sys.stderr)
         made.append({"file": str(path), **generation.record.model_dump(mode="json")})
         if map_out is not None and generation.condition_map is not None:
             from prompt_diffusion.data.transforms import encode_png
@@ -214,8 +221,8 @@ def _make(
 
 
 def _run(
-    requests: "Sequence[GenerationRequest]", query: bytes, examples: list[tuple[bytes, bytes]], device: str
-) -> "Iterator[Generation]":
+    requests: Sequence["GenerationRequest"], query: bytes, examples: list[tuple[bytes, bytes]], device: str
+) -> Iterator["Generation"]:
     """Load the model once, and give one result a request."""
     from prompt_diffusion.generation import open_model, run_request
     from prompt_diffusion.settings import load_settings

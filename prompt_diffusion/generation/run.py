@@ -1,5 +1,6 @@
 """Runs one request on a loaded model."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ class Generation:
     """The map in between, for an edit."""
     record: GenerationRecord
     """What is written into the PNG."""
+    notes: tuple[str, ...]
+    """What the pipeline had to say, such as which words of a text are not read."""
 
 
 def run_request(
@@ -60,48 +63,42 @@ def run_request(
     import torch
 
     pipeline = model.pipeline
-    settled = _settle(request, model)
-    size = settled.size or pipeline.image_size
+    size = request.size or pipeline.image_size
+    steps = request.num_inference_steps or pipeline.default_num_inference_steps
     files = _name_files(query, examples)
     pixels = {name: _read(name, data, size) for name, data in files.items()}
     pairs = [(pixels[f"example_{n}_source"], pixels[f"example_{n}_target"]) for n in range(1, len(examples) + 1)]
-    options = {
+    options: dict[str, Any] = {
         "example_pair": pairs or None,
-        "negative_prompt": settled.negative_prompt,
-        "guidance_scale": settled.guidance_scale,
-        "num_inference_steps": settled.num_inference_steps,
-        "controlnet_conditioning_scale": settled.controlnet_conditioning_scale,
-        "generator": torch.Generator().manual_seed(settled.seed),
+        "negative_prompt": request.negative_prompt,
+        "guidance_scale": request.guidance_scale,
+        "num_inference_steps": steps,
+        "controlnet_conditioning_scale": request.controlnet_conditioning_scale,
+        "generator": torch.Generator().manual_seed(request.seed),
         "output_type": "uint8",
-        "callback_on_step_end": _count_steps(settled, on_step),
+        "callback_on_step_end": _count_steps(steps * (2 if request.mode == "edit" else 1), on_step),
     }
-    with _use_scheduler(pipeline, settled.scheduler), _say_memory(size):
-        if settled.mode == "edit":
-            output = pipeline.edit(pixels["query"], settled.prompt, condition=settled.condition, **options)
+    with _use_scheduler(pipeline, request.scheduler), _say_memory(size), _collect_notes() as notes:
+        if request.condition is not None:
+            output: Any = pipeline.edit(pixels["query"], request.prompt, condition=request.condition, **options)
         else:
-            output = pipeline(settled.prompt, query=pixels["query"], **options)
+            output = pipeline(request.prompt, query=pixels["query"], **options)
+    settled = request.model_copy(
+        update={
+            "model": model.identity.name,
+            "num_inference_steps": steps,
+            "guidance_scale": pipeline.guidance_scale,  # the pipeline's own choice depends on the texts
+            "size": size,
+        }
+    )
     record = GenerationRecord(
         request=settled,
         model_fingerprint=model.identity.fingerprint,
         images={name: compute_digest(data) for name, data in files.items()},
         versions=_list_versions(),
     )
-    condition_map = output.maps[0] if settled.mode == "edit" else None
-    return Generation(output.images[0], condition_map, record)
-
-
-def _settle(request: GenerationRequest, model: OpenModel) -> GenerationRequest:
-    """Return the request with the model's own values where it leaves them open."""
-    pipeline = model.pipeline
-    steps, guidance = request.num_inference_steps, request.guidance_scale
-    return request.model_copy(
-        update={
-            "model": model.identity.name,
-            "num_inference_steps": pipeline.default_num_inference_steps if steps is None else steps,
-            "guidance_scale": pipeline.default_guidance_scale if guidance is None else guidance,
-            "size": request.size or pipeline.image_size,
-        }
-    )
+    condition_map = output.maps[0] if request.condition is not None else None
+    return Generation(output.images[0], condition_map, record, tuple(notes))
 
 
 def _name_files(query: bytes, examples: ImageFiles) -> dict[str, bytes]:
@@ -118,11 +115,10 @@ def _read(name: str, data: bytes, size: int) -> Pixels:
         raise ValueError(f"{name.replace('_', ' ')}: {error}") from None
 
 
-def _count_steps(request: GenerationRequest, on_step: OnStep | None) -> Callable[..., dict[str, Any]] | None:
+def _count_steps(total: int, on_step: OnStep | None) -> Callable[..., dict[str, Any]] | None:
     """Return diffusers' callback, counting over both halves of an edit."""
     if on_step is None:
         return None
-    total = (request.num_inference_steps or 0) * (2 if request.mode == "edit" else 1)
     done = 0
 
     def tell(pipeline: object, step: int, timestep: object, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -146,6 +142,30 @@ def _use_scheduler(pipeline: "PromptDiffusionPipeline", name: Scheduler | None) 
         yield
     finally:
         pipeline.scheduler = own
+
+
+class _Collector(logging.Handler):
+    """Keeps what is logged for whoever asked for the image."""
+
+    def __init__(self, notes: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._notes = notes
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._notes.append(record.getMessage())
+
+
+@contextmanager
+def _collect_notes() -> Iterator[list[str]]:
+    """Collect, once each, what the model's package warns of inside the block."""
+    notes: list[str] = []
+    package, handler = logging.getLogger("prompt_diffusion.model"), _Collector(notes)
+    package.addHandler(handler)
+    try:
+        yield notes
+    finally:
+        package.removeHandler(handler)
+        notes[:] = dict.fromkeys(notes)
 
 
 @contextmanager

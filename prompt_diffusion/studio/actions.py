@@ -2,9 +2,11 @@
 
 import secrets
 import threading
+from html import escape
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
 
@@ -67,6 +69,8 @@ class Actions:
                 generation = run_request(request, model, files["query"], pair, step)
         finally:
             self._stops.pop(visitor, None)
+        for note in generation.notes:
+            gr.Warning(escape(note), duration=15)
         result = Result(_save_result(generation), generation.record, request.model, present, way)
         condition_map = generation.condition_map
         map_file = None if condition_map is None else save_png(encode_png(condition_map), "map")

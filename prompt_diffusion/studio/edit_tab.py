@@ -16,7 +16,7 @@ from prompt_diffusion.studio.layout import (
     build_result,
     build_settings,
 )
-from prompt_diffusion.studio.limits import Upload, build_upload
+from prompt_diffusion.studio.limits import build_upload
 from prompt_diffusion.studio.running import ONE_AT_A_TIME, stop_run, tell_steps
 from prompt_diffusion.studio.toasts import toast_errors
 from prompt_diffusion.vision_tasks import VISION_TASKS
@@ -30,11 +30,11 @@ _LABELS = {BY_TEXT: ("Photograph", "Its map"), BY_EXAMPLE: ("Before", "After")}
 class EditTab:
     """The fields of the tab."""
 
-    image: Upload
+    image: gr.Image
     way: gr.Radio
     condition: gr.Dropdown
-    first: Upload
-    second: Upload
+    first: gr.Image
+    second: gr.Image
     settings: SettingsFields
     run: gr.Button
     stop: gr.Button

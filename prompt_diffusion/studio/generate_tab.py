@@ -10,7 +10,7 @@ from prompt_diffusion.studio.actions import Actions
 from prompt_diffusion.studio.examples import render_samples
 from prompt_diffusion.studio.history_view import HistoryView, fill_result
 from prompt_diffusion.studio.layout import ResultView, SettingsFields, build_result, build_settings
-from prompt_diffusion.studio.limits import Upload, build_upload
+from prompt_diffusion.studio.limits import build_upload
 from prompt_diffusion.studio.maps import list_tasks
 from prompt_diffusion.studio.running import ONE_AT_A_TIME, stop_run, tell_steps
 from prompt_diffusion.studio.toasts import toast_errors
@@ -23,7 +23,7 @@ _FIRST_TASK = "image_to_hed"
 class PairMaker:
     """The fields that make a pair of a photograph."""
 
-    photograph: Upload
+    photograph: gr.Image
     task: gr.Dropdown
     annotator: gr.Dropdown
     make_pair: gr.Button
@@ -34,9 +34,9 @@ class PairMaker:
 class GenerateTab:
     """The fields of the tab."""
 
-    source: Upload
-    target: Upload
-    query: Upload
+    source: gr.Image
+    target: gr.Image
+    query: gr.Image
     settings: SettingsFields
     maker: PairMaker
     run: gr.Button

@@ -43,11 +43,15 @@ class HistoryView:
 def build_history_view() -> HistoryView:
     """Draw the history, empty."""
     state = gr.State(History())
-    gr.Markdown("### History\nClick a result to see it again; click another to compare the two.")
+    gr.Markdown(
+        "### History\nResults of this visit, newest first. Click a result to see it again; click another to compare the two."
+    )
     gallery = gr.Gallery(
         label="Results of this visit, newest first",
+        show_label=False,
         columns=8,
         height=170,
+        fit_columns=False,
         object_fit="contain",
         allow_preview=False,
         interactive=False,

@@ -24,6 +24,9 @@ CSS = """
 /* small results would be drawn at their own few pixels */
 .picture img { width: 100%; height: 100%; object-fit: contain; image-rendering: auto; }
 .picture .image-frame, .picture .image-container { height: 100%; }
+/* the label and the buttons stand above an image, not on it */
+.picture .image-container { padding-top: 30px; box-sizing: border-box; }
+.picture .image-container .icon-button-wrapper { background: none; }
 .note { opacity: 0.8; font-size: 0.9em; }
 """
 

@@ -43,23 +43,12 @@ def read_upload(path: str) -> bytes:
     return data
 
 
-class Upload(gr.Image):  # type: ignore[misc]
-    """An image that reaches the actions as the path of the very file that was uploaded: nothing decodes it before they do."""
+def build_upload(label: str, elem_id: str, height: int = 210) -> gr.Image:
+    """Draw a place to drop an image, or to paste one.
 
-    is_template = True  # the browser draws it as the image component that it is
-
-    def preprocess(self, payload: Any) -> str | None:  # noqa: ANN401 - as in gradio
-        """Return the path of the uploaded file."""
-        if payload is None:
-            return None
-        if payload.path is None:
-            raise gr.Error("the image did not arrive as a file: drop it again")
-        return str(payload.path)
-
-
-def build_upload(label: str, elem_id: str, height: int = 210) -> Upload:
-    """Draw a place to drop an image, or to paste one."""
-    return Upload(
+    It hands the actions the path of the very file that was uploaded: nothing opens it before they do.
+    """
+    image = gr.Image(
         label=label,
         type="filepath",
         image_mode=None,
@@ -70,3 +59,13 @@ def build_upload(label: str, elem_id: str, height: int = 210) -> Upload:
         elem_id=elem_id,
         elem_classes="picture",
     )
+    image.preprocess = _take_path  # of this instance: a subclass would have a stub file written beside its module
+    return image
+
+
+def _take_path(payload: Any) -> str | None:  # noqa: ANN401 - gradio's data of a file
+    if payload is None:
+        return None
+    if payload.path is None:
+        raise gr.Error("The image did not arrive as a file: drop it again.", print_exception=False)
+    return str(payload.path)

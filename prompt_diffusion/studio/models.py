@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from prompt_diffusion.generation import OpenModel, identify_model, open_model
 from prompt_diffusion.registry import ModelVersionSummary, list_versions
+from prompt_diffusion.registry.versions import find_version, say_registry
 from prompt_diffusion.settings import Settings
 
 
@@ -23,6 +24,11 @@ class ModelShelf:
     def list_versions(self) -> list[ModelVersionSummary]:
         """Return all registered versions, newest first; ValueError where the registry does not answer."""
         return list_versions(self._settings)
+
+    def read_card(self, version: ModelVersionSummary) -> str:
+        """Return the model card of a version, Markdown; ValueError where the registry does not answer."""
+        with say_registry(self._settings) as client:
+            return str(find_version(client, version.uri).description or "")
 
     def list_choices(self) -> list[tuple[str, str]]:
         """Return (label, reference) of what can be chosen: what the page was started with, then every version."""

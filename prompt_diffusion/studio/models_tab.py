@@ -10,12 +10,14 @@ from prompt_diffusion.studio.toasts import toast_errors
 
 _COLUMNS = ("model", "version", "aliases", "registered (UTC)", "title", "vision tasks")
 
+_MEASURES = {"frechet_distance": "Fréchet", "rmse": "RMSE"}
+
 
 def build_models_tab(shelf: ModelShelf, page: gr.Blocks) -> None:
     """Draw the tab; the table is read anew when the page is opened and when asked."""
     note = gr.Markdown("")
     table = gr.Dataframe(
-        headers=list(_COLUMNS), label="Registered versions", interactive=False, wrap=True, elem_id="versions"
+        headers=list(_COLUMNS), label="Registered versions", interactive=False, wrap=False, elem_id="versions"
     )
     refresh = gr.Button("Read again", size="sm")
     card = gr.Markdown("Click a row to see its card.", container=True, elem_id="card")
@@ -32,7 +34,8 @@ def build_models_tab(shelf: ModelShelf, page: gr.Blocks) -> None:
 
     @toast_errors
     def show(found: tuple[ModelVersionSummary, ...], event: gr.SelectData) -> str:
-        return render_card(found[event.index[0]])
+        version = found[event.index[0]]
+        return shelf.read_card(version) or render_facts(version)
 
     page.load(read, outputs=[note, table, versions], api_visibility="private")
     refresh.click(read, outputs=[note, table, versions], api_visibility="private")
@@ -40,34 +43,37 @@ def build_models_tab(shelf: ModelShelf, page: gr.Blocks) -> None:
 
 
 def tabulate(versions: list[ModelVersionSummary]) -> tuple[list[str], list[list[str]]]:
-    """Return headers and rows: a column for each metric that any version has."""
+    """Return headers and rows: of the columns, those that any version fills, and one for each metric."""
     metrics = list(dict.fromkeys(name for version in versions for name in version.metrics))
     rows = [
-        [
-            version.name,
-            version.version,
-            ", ".join(version.aliases),
-            f"{version.created:%Y-%m-%d %H:%M}",
-            version.title,
-            str(len(version.vision_tasks) or ""),
-            *(f"{version.metrics[name]:.3f}" if name in version.metrics else "" for name in metrics),
-        ]
+        {
+            "model": version.name,
+            "version": version.version,
+            "aliases": ", ".join(version.aliases),
+            "registered (UTC)": f"{version.created:%Y-%m-%d %H:%M}",
+            "title": version.title,
+            "vision tasks": str(len(version.vision_tasks) or ""),
+            **{_name_metric(name): f"{version.metrics[name]:.3g}" for name in metrics if name in version.metrics},
+        }
         for version in versions
     ]
-    return [*_COLUMNS, *(name.replace("/", " ").replace("_to_", " → ") for name in metrics)], rows
+    columns = [*_COLUMNS, *map(_name_metric, metrics)]
+    filled = [column for column in columns if any(row.get(column) for row in rows)]
+    return filled, [[row.get(column, "") for column in filled] for row in rows]
 
 
-def render_card(version: ModelVersionSummary) -> str:
-    """Return what the registry knows of a version as Markdown."""
+def _name_metric(name: str) -> str:
+    measure, _, task = name.partition("/")
+    return f"{_MEASURES.get(measure, measure)} {task.replace('_to_', ' → ')}".strip()
+
+
+def render_facts(version: ModelVersionSummary) -> str:
+    """Return what the list of versions knows of one as Markdown, for one that has no card."""
     facts = {
         "load as": f"`{version.uri}`",
         "aliases": ", ".join(version.aliases) or "none",
-        "where it came from": version.source or "not said",
         "fingerprint": f"`{version.fingerprint}`",
-        "vision tasks": ", ".join(version.vision_tasks) or "not said",
     }
-    lines = [f"### {version.name}, version {version.version}", version.title]
+    lines = [f"### {version.name}, version {version.version}", "It was registered without a card.\n"]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
-    lines += [f"- licence of {part}: {licence}" for part, licence in version.licences.items()]
-    lines += [f"- {name}: {value:.4g}" for name, value in version.metrics.items()]
     return "\n".join(lines)
