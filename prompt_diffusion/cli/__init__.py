@@ -13,6 +13,7 @@ from rich.table import Table
 
 from prompt_diffusion.cli.annotators import annotate, annotators_app, weights_app
 from prompt_diffusion.cli.generation import PairsCommand, edit, generate, settings
+from prompt_diffusion.cli.models import models, promote
 from prompt_diffusion.cli.shared import OverridesOption, PresetOption, StoreOption, parse_overrides, say_errors
 from prompt_diffusion.cli.studio import studio
 from prompt_diffusion.cli.training import train
@@ -32,8 +33,10 @@ app.command(cls=PairsCommand, rich_help_panel=USE)(generate)
 app.command(rich_help_panel=USE)(edit)
 app.command(rich_help_panel=USE)(annotate)
 app.command(rich_help_panel=USE)(studio)
+app.command(rich_help_panel=INSPECT)(models)
 app.command(rich_help_panel=INSPECT)(settings)
 app.command(rich_help_panel=MAKE)(train)
+app.command(rich_help_panel=MAKE)(promote)
 app.add_typer(weights_app, name="weights", rich_help_panel=MAKE)
 app.add_typer(annotators_app, name="annotators", rich_help_panel=INSPECT)
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]

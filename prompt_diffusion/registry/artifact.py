@@ -14,9 +14,13 @@ from prompt_diffusion.registry.cache import DIGESTS_FILE
 from prompt_diffusion.registry.facts import ModelFacts
 from prompt_diffusion.training.stage import PIPELINE_FOLDER
 
-ARTIFACT = "model"
 FACTS_FILE = "facts.json"
 _CODE_FILE = "model_code.py"
+
+
+def name_artifact(name: str) -> str:
+    """Return where, among a run's artifacts, the model lies that is registered under a name."""
+    return f"models/{name}"
 
 
 def write_artifact(root: Path, facts: ModelFacts, listing: bytes, digest: str, run_id: str) -> None:
@@ -38,7 +42,7 @@ def _write_mlmodel(root: Path, digest: str, run_id: str) -> None:
 
     from prompt_diffusion.registry.serving import DIGEST_KEY, build_signature
 
-    model = Model(artifact_path=ARTIFACT, run_id=run_id, signature=build_signature())
+    model = Model(run_id=run_id, signature=build_signature())
     mlflow.pyfunc.add_to_model(
         model,
         loader_module="mlflow.pyfunc.loaders.code_model",

@@ -11,7 +11,7 @@ from urllib.request import url2pathname
 from prompt_diffusion.model.mirror import find_model
 from prompt_diffusion.model.references import fetch_repository, is_hub_reference
 from prompt_diffusion.registry.cache import complete_copy, link_or_copy
-from prompt_diffusion.registry.versions import DIGEST_TAG, SCHEME, find_version, say_registry
+from prompt_diffusion.registry.versions import DIGEST_TAG, SCHEME, TITLE_TAG, find_version, say_registry
 from prompt_diffusion.settings import Settings, load_settings
 from prompt_diffusion.training.stage import PIPELINE_FOLDER
 
@@ -40,9 +40,12 @@ def load(
         ValueError: In one sentence, a reference that leads nowhere, a registry that does not answer, or files that are not
             what was registered.
     """
-    from prompt_diffusion.model.pipeline import load_pipeline
+    folder = fetch(reference, settings or load_settings())
+    from prompt_diffusion.model.pipeline import (
+        load_pipeline,
+    )  # torch: nobody waits for it to hear of a mistyped reference
 
-    pipeline = load_pipeline(fetch(reference, settings or load_settings()), device)
+    pipeline = load_pipeline(folder, device)
     return pipeline if dtype is None else pipeline.to(dtype)
 
 
@@ -55,7 +58,7 @@ def fetch(reference: str, settings: Settings) -> Path:
         with say_registry(settings) as client:
             version = find_version(client, reference)
         return _fetch_version(version, reference, settings)
-    if Path(reference).is_dir():
+    if reference and Path(reference).is_dir():
         return Path(reference)
     if not is_hub_reference(reference) or _HUB_NAME.fullmatch(reference) is None:
         raise ValueError(
@@ -69,8 +72,8 @@ def fetch(reference: str, settings: Settings) -> Path:
 def find_pipeline(version: "ModelVersion") -> str:
     """Return the URI of the folder, in a version's artifact, that holds the pipeline and its digests."""
     source: str = version.source.rstrip("/")
-    # versions of before there was a served model around the pipeline
-    return source if source.endswith(f"/{PIPELINE_FOLDER}") else f"{source}/{PIPELINE_FOLDER}"
+    # what was registered before there was a served model around the pipeline is the pipeline's folder itself
+    return f"{source}/{PIPELINE_FOLDER}" if TITLE_TAG in version.tags else source
 
 
 def _fetch_version(version: "ModelVersion", reference: str, settings: Settings) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prompt_diffusion.model.digest import digest_file
-from prompt_diffusion.registry.artifact import ARTIFACT, FACTS_FILE, write_artifact
+from prompt_diffusion.registry.artifact import FACTS_FILE, name_artifact, write_artifact
 from prompt_diffusion.registry.cache import CARD_FILE, digest_listing, hold, is_read, link_or_copy
 from prompt_diffusion.registry.card import render_card, render_description
 from prompt_diffusion.registry.facts import ModelFacts
@@ -108,7 +108,7 @@ def _make_room(settings: Settings) -> Iterator[Path]:
     place = settings.cache_dir / "models"
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place, prefix="registering-") as folder:
-        yield Path(folder) / ARTIFACT
+        yield Path(folder) / "model"
 
 
 def _stage_training(manifest: Manifest, root: Path) -> dict[str, str]:
@@ -168,10 +168,10 @@ def _create_version(
 
     listing, digest = digest_listing(digests)
     run_id, _ = find_or_create_run(client, settings, run_name, fingerprint)
-    write_artifact(root, facts, listing, digest, run_id)
-    client.log_artifacts(run_id, str(root), ARTIFACT)
-    client.set_terminated(run_id)
     name = settings.registered_model
+    write_artifact(root, facts, listing, digest, run_id)
+    client.log_artifacts(run_id, str(root), name_artifact(name))
+    client.set_terminated(run_id)
     try:
         client.create_registered_model(name, description=_DESCRIPTION)
     except MlflowException as error:
@@ -186,7 +186,7 @@ def _create_version(
     }
     tags |= {VISION_TASKS_TAG: ", ".join(facts.vision_tasks)}
     # The artifact's own address: MLflow would look up models:/m-... at its process-wide address, not at this client's.
-    source = f"{client.get_run(run_id).info.artifact_uri}/{ARTIFACT}"
+    source = f"{client.get_run(run_id).info.artifact_uri}/{name_artifact(name)}"
     version: ModelVersion = client.create_model_version(name, source, run_id, tags=tags)
     return version
 
@@ -214,13 +214,13 @@ def _record(client: "MlflowClient", version: "ModelVersion", metrics: Mapping[st
     with tempfile.TemporaryDirectory() as folder:
         card = Path(folder) / CARD_FILE
         card.write_text(render_card(facts, uri, known))
-        client.log_artifact(version.run_id, str(card), f"{ARTIFACT}/{PIPELINE_FOLDER}")
+        client.log_artifact(version.run_id, str(card), f"{name_artifact(version.name)}/{PIPELINE_FOLDER}")
 
 
 def _read_facts(client: "MlflowClient", version: "ModelVersion") -> ModelFacts | None:
     """Return what a version said of its model when it was registered; None where it was registered before facts were kept."""
-    if not version.source.rstrip("/").endswith(f"/{ARTIFACT}"):
+    if TITLE_TAG not in version.tags:
         return None
     with tempfile.TemporaryDirectory() as folder:
-        path = client.download_artifacts(version.run_id, f"{ARTIFACT}/{FACTS_FILE}", folder)
+        path = client.download_artifacts(version.run_id, f"{name_artifact(version.name)}/{FACTS_FILE}", folder)
         return ModelFacts.model_validate_json(Path(path).read_bytes())

@@ -6,9 +6,12 @@ Loaded by ``mlflow.pyfunc`` alone (see ``model_code.py``). The weights are safet
 import base64
 import binascii
 import threading
+from collections.abc import Hashable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlflow
+import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
@@ -64,8 +67,6 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
     def load_context(self, context: Any) -> None:  # noqa: ANN401 - MLflow's own class
         """Load the pipeline beside the code, its files checked; on a GPU where there is one."""
-        from pathlib import Path
-
         import torch
 
         from prompt_diffusion.model.pipeline import load_pipeline
@@ -75,10 +76,13 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         self._pipeline = load_pipeline(folder, "cuda" if torch.cuda.is_available() else "cpu")
         self._lock = threading.Lock()  # requests come in threads, a pipeline's scheduler has one state
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201 - hints would be taken for the signature
+    def predict(
+        self,
+        context: Any,  # noqa: ANN401 - MLflow's own class
+        model_input: pd.DataFrame,
+        params: dict[str, Any] | None = None,
+    ) -> pd.DataFrame:
         """Return one row with one image for each row of the request; a mistake in it is answered with status 400."""
-        import pandas as pd
-
         try:
             chosen = Params.model_validate(params or {})
             rows = model_input.to_dict("records")
@@ -93,7 +97,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             raise MlflowException.invalid_parameter_value(str(error)) from None
         return pd.DataFrame({"image": images})
 
-    def _generate(self, row: dict[str, Any], params: Params, place: int) -> Pixels:
+    def _generate(self, row: dict[Hashable, Any], params: Params, place: int) -> Pixels:
         import torch
 
         size = self._pipeline.unet.config.sample_size * 2 ** (len(self._pipeline.vae.config.block_out_channels) - 1)

@@ -76,13 +76,14 @@ class ModelVersionSummary(BaseModel):
 @contextmanager
 def say_registry(settings: Settings) -> Iterator["MlflowClient"]:
     """Give a client of a registry that answers, and turn what MLflow raises into one sentence, a ValueError."""
-    from mlflow.exceptions import MlflowException
-
     database = settings.tracking_uri.removeprefix("sqlite:///")
     if database != settings.tracking_uri and not Path(database).is_file():
         raise ValueError(
             f"there is no registry yet: {database} does not exist (MLFLOW_TRACKING_URI); train a model first"
         )
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
     try:
         knock(settings)
         yield connect(settings)
@@ -90,6 +91,10 @@ def say_registry(settings: Settings) -> Iterator["MlflowClient"]:
         raise ValueError(f"the registry cannot be asked: {error}; start it or set MLFLOW_TRACKING_URI") from error
     except MlflowException as error:
         raise ValueError(f"the registry at {settings.tracking_uri} refused: {_first_line(error.message)}") from error
+    except SQLAlchemyError as error:
+        raise ValueError(
+            f"the registry at {settings.tracking_uri} cannot be read: {_first_line(str(error))}"
+        ) from error
 
 
 def find_version(client: "MlflowClient", reference: str) -> "ModelVersion":

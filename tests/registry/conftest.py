@@ -1,0 +1,59 @@
+"""A registry on SQLite for the session, a sealed training of one step, and a pipeline's folder with random weights."""
+
+import pytest
+
+from prompt_diffusion.registry import register_model
+from prompt_diffusion.settings import Settings
+from prompt_diffusion.training.config import DropoutConfig, NoiseConfig, SamplingConfig, TrainConfig, TrainResources
+from prompt_diffusion.training.encode import EncodeConfig, run_encode, run_encode_text
+from prompt_diffusion.training.stage import TrainInputs
+from prompt_diffusion.training.train import run_train
+from prompt_diffusion.training.world import World
+
+
+@pytest.fixture(scope="session")
+def model(scene_inputs, tiny_base):
+    encode = EncodeConfig(base=tiny_base)
+    images = {"image": scene_inputs.pairs, **scene_inputs.maps}
+    latents = {name: run_encode(encode, ref, scene_inputs.store) for name, ref in images.items()}
+    config = TrainConfig(
+        base=tiny_base,
+        image_to_map_examples={"other_group": 1.0},
+        dropout=DropoutConfig(),
+        noise=NoiseConfig(prediction_type="v_prediction"),
+        stem_channels=(4, 8, 8),
+        sampling=SamplingConfig(num_inference_steps=3, guidance_scale=2.0),
+        batch_size=2,
+        num_steps=1,
+    )
+    text = run_encode_text(encode, scene_inputs.pairs, scene_inputs.store)
+    inputs = TrainInputs(pairs=scene_inputs.pairs, maps=scene_inputs.maps, latents=latents, text=text)
+    return run_train(config, inputs, scene_inputs.store, TrainResources(), World())
+
+
+@pytest.fixture(scope="session")
+def settings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mlflow")
+    return Settings(tracking_uri=f"sqlite:///{folder}/mlflow.db", cache_dir=folder / "cache")
+
+
+@pytest.fixture(scope="session")
+def registered(model, settings):
+    return register_model(model, settings, {"rmse/image_to_depth": 0.5})
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tiny_base, tmp_path_factory):
+    import torch
+
+    from prompt_diffusion.model.base import load_base
+    from prompt_diffusion.model.controlnet import PromptDiffusionControlNet
+    from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
+
+    base = load_base(tiny_base)
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("pipeline")
+    pipeline = PromptDiffusionPipeline.from_parts(base, PromptDiffusionControlNet.from_unet(base.unet, (4, 8, 8)))
+    pipeline.save_pretrained(folder)
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"a pickle that nobody may open")
+    return folder

@@ -1,0 +1,193 @@
+"""MLflow serves what is registered: base64 images in, the pipeline's own image out."""
+
+import base64
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from prompt_diffusion.data.transforms import decode_image, encode_png
+from prompt_diffusion.registry import ModelFacts, load, register_folder
+
+_START_TIMEOUT_SECONDS = 240  # ten on an idle machine
+
+
+def to_base64(data):
+    return base64.b64encode(data).decode()
+
+
+@pytest.fixture(scope="module")
+def served(settings, pipeline_folder):
+    return register_folder(
+        pipeline_folder, settings, name="served", alias="challenger", facts=ModelFacts(title="A pipeline to serve")
+    )
+
+
+@pytest.fixture(scope="module")
+def pyfunc(settings, served):
+    import mlflow
+
+    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+    mlflow.set_tracking_uri(settings.tracking_uri)
+    mlflow.set_registry_uri(settings.tracking_uri)
+    try:
+        yield mlflow.pyfunc.load_model("models:/served@challenger")
+    finally:
+        mlflow.set_tracking_uri(before[0])
+        mlflow.set_registry_uri(before[1])
+
+
+@pytest.fixture(scope="module")
+def row():
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 256, (32, 32, 3), np.uint8) for _ in range(3)]
+    names = ("example_source", "example_target", "query")
+    return {name: to_base64(encode_png(image)) for name, image in zip(names, images, strict=True)}
+
+
+def generate(settings, served, row, prompt, seed, steps, guidance):
+    """Return what the pipeline itself makes of a row."""
+    source, target, query = (decode_image(base64.b64decode(row[name])) for name in row)
+    generator = torch.Generator().manual_seed(seed)
+    options = {"guidance_scale": guidance, "num_inference_steps": steps, "generator": generator}
+    return load(served.uri, settings)(prompt, (source, target), query, output_type="uint8", **options).images[0]
+
+
+def predict(pyfunc, rows, **params):
+    import pandas as pd
+
+    return [decode_image(base64.b64decode(text)) for text in pyfunc.predict(pd.DataFrame(rows), params=params)["image"]]
+
+
+def test_a_server_answers_a_post_with_the_pipelines_own_image(settings, served, row, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
+    command += ["-m", "models:/served@challenger", "--host", "127.0.0.1", "--port", str(port)]
+    # MLflow starts uvicorn by its name
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    environment = os.environ | {"MLFLOW_TRACKING_URI": settings.tracking_uri, "PATH": path, "OMP_NUM_THREADS": "1"}
+    log = tmp_path / "serve.log"
+    with log.open("wb") as sink:
+        server = subprocess.Popen(command, stdout=sink, stderr=sink, env=environment, start_new_session=True)
+    try:
+        wait_until_ready(server, f"http://127.0.0.1:{port}/ping", log)
+        params = {"num_inference_steps": 2, "guidance_scale": 3.0, "seed": 7}
+        status, answer = post(port, {"dataframe_records": [{**row, "prompt": "a red cube"}], "params": params})
+        assert status == 200, answer
+        image = decode_image(base64.b64decode(answer["predictions"][0]["image"]))
+        np.testing.assert_array_equal(image, generate(settings, served, row, "a red cube", 7, 2, 3.0))
+        status, answer = post(port, {"dataframe_records": [{**row, "query": "bm8="}]})
+        assert status == 400
+        assert answer["message"].endswith("Error: query of row 0: the image cannot be decoded: not an image file")
+        assert "Traceback" not in json.dumps(answer)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def wait_until_ready(server, url, log):
+    give_up = time.monotonic() + _START_TIMEOUT_SECONDS
+    while server.poll() is None and time.monotonic() < give_up:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            time.sleep(0.2)
+    raise RuntimeError(f"mlflow models serve did not start: {log.read_text()[-3000:]}")
+
+
+def post(port, content):
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/invocations", json.dumps(content).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it(settings, served, pyfunc, row):
+    other = {**row, "query": row["example_source"]}
+    rows = [{**row, "prompt": "", "negative_prompt": None}, {**other, "prompt": "a blue ball", "negative_prompt": "x"}]
+    both = predict(pyfunc, rows, num_inference_steps=1, seed=3)
+    alone = predict(pyfunc, rows[1:], num_inference_steps=1, seed=3)
+    np.testing.assert_array_equal(both[1], alone[0])
+    np.testing.assert_array_equal(both[0], generate(settings, served, row, "", 3, 1, 7.5))
+    assert not np.array_equal(alone[0], predict(pyfunc, rows[1:], num_inference_steps=1, seed=4)[0])
+
+
+def test_images_may_be_of_any_size_and_kind(pyfunc, row):
+    buffer = io.BytesIO()
+    Image.new("L", (70, 40), 90).save(buffer, format="JPEG")
+    rows = [{**row, "query": f"data:image/jpeg;base64,{to_base64(buffer.getvalue())}"}]
+    (image,) = predict(pyfunc, rows, num_inference_steps=1)
+    assert image.shape == (32, 32, 3)
+
+
+def large_png():
+    """A few kilobytes that would be 100 megapixels."""
+    buffer = io.BytesIO()
+    Image.new("1", (10_000, 10_000)).save(buffer, format="PNG")
+    return to_base64(buffer.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("change", "params", "says"),
+    [
+        ({"query": "!!"}, {}, "query of row 0 is not base64"),
+        ({"query": ""}, {}, "query of row 0: the image is empty"),
+        ({"example_source": "bm8="}, {}, "example_source of row 0: the image cannot be decoded: not an image file"),
+        ({"example_target": large_png()}, {}, "example_target of row 0: the image has 10000 x 10000 pixels, more than"),
+        ({"query": "A" * (23 << 20)}, {}, "query of row 0 is longer than 16 MiB"),
+        ({"prompt": "x" * 5000}, {}, "prompt of row 0 is a text of up to 2000 characters"),
+        (
+            {},
+            {"num_inference_steps": 0},
+            "params.num_inference_steps: Input should be greater than or equal to 1, got 0",
+        ),
+        ({}, {"guidance_scale": float("nan")}, "params.guidance_scale: Input should be a finite number, got nan"),
+        ({}, {"seed": -1}, "params.seed: Input should be greater than or equal to 0, got -1"),
+    ],
+)
+def test_what_a_request_gets_wrong_is_said_in_one_sentence(pyfunc, row, change, params, says):
+    from mlflow.exceptions import MlflowException
+
+    with pytest.raises(MlflowException) as caught:
+        predict(pyfunc, [{**row, "prompt": "", **change}], **params)
+    assert caught.value.get_http_status_code() == 400
+    assert caught.value.message.startswith(says)
+    assert "\n" not in caught.value.message
+
+
+def test_more_rows_than_are_taken_at_once_are_refused(pyfunc, row):
+    from mlflow.exceptions import MlflowException
+
+    with pytest.raises(MlflowException, match="a request has 1 to 16 rows, this one has 17"):
+        predict(pyfunc, [row] * 17)
+
+
+def test_the_signature_names_every_column_and_parameter(pyfunc):
+    signature = pyfunc.metadata.signature
+    assert signature.inputs.required_input_names() == ["example_source", "example_target", "query"]
+    assert signature.inputs.optional_input_names() == ["prompt", "negative_prompt"]
+    assert {param.name: param.default for param in signature.params.params} == {
+        "guidance_scale": None,
+        "num_inference_steps": None,
+        "controlnet_conditioning_scale": None,
+        "seed": 0,
+    }
+    assert signature.outputs.input_names() == ["image"]
