@@ -4,6 +4,7 @@ from importlib import metadata
 from pathlib import Path
 
 from prompt_diffusion.annotators.base import AnnotateResources, AnnotatorSpec
+from prompt_diffusion.annotators.hub import is_cached
 from prompt_diffusion.annotators.table import ANNOTATORS
 from prompt_diffusion.annotators.weights import HubFile, PublishedWeights
 from prompt_diffusion.store.storage import exists, join_uri
@@ -46,9 +47,7 @@ def _is_installed(weights: PublishedWeights) -> bool:
     """Say whether the package is installed, or the hub's own cache holds the file."""
     source = weights.source
     if isinstance(source, HubFile):
-        from huggingface_hub import try_to_load_from_cache
-
-        return isinstance(try_to_load_from_cache(source.repository, source.path, revision=source.revision), str)
+        return is_cached(source.repository, source.path, source.revision)
     try:
         return Path(str(metadata.distribution(source.distribution).locate_file(source.path))).is_file()
     except metadata.PackageNotFoundError:

@@ -33,11 +33,11 @@ app.command(cls=PairsCommand, rich_help_panel=USE)(generate)
 app.command(rich_help_panel=USE)(edit)
 app.command(rich_help_panel=USE)(annotate)
 app.command(rich_help_panel=USE)(studio)
-app.command(rich_help_panel=INSPECT)(models)
-app.command(rich_help_panel=INSPECT)(settings)
 app.command(rich_help_panel=MAKE)(train)
 app.command(rich_help_panel=MAKE)(promote)
 app.add_typer(weights_app, name="weights", rich_help_panel=MAKE)
+app.command(rich_help_panel=INSPECT)(models)
+app.command(rich_help_panel=INSPECT)(settings)
 app.add_typer(annotators_app, name="annotators", rich_help_panel=INSPECT)
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

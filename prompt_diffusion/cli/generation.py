@@ -31,7 +31,10 @@ SchedulerOption = Annotated[
 ]
 SizeOption = Annotated[int | None, typer.Option(help="Pixels a side; default: as the model was trained.")]
 CountOption = Annotated[
-    int, typer.Option("--num-images", min=1, max=64, help="How many, of seeds SEED, SEED + 1, ...: out-SEED.png.")
+    int,
+    typer.Option(
+        "--num-images", min=1, max=64, metavar="<int>", help="How many, of seeds SEED, SEED + 1, ...: out-SEED.png."
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU where there is one.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace a file that is there.")]
@@ -195,8 +198,8 @@ def _make(
     outs = [out] if len(requests) == 1 else [out.with_stem(f"{out.stem}-{request.seed}") for request in requests]
     for path in (*outs, *([map_out] if map_out else [])):
         check_out(path, is_forced)
-    image = read_image_file(query)
     examples = [(read_image_file(source), read_image_file(target)) for source, target in pairs]
+    image = read_image_file(query)
     made = []
     for path, generation in zip(outs, _run(requests, image, examples, device), strict=True):
         write_file(path, encode_result(generation.image, generation.record))

@@ -20,7 +20,7 @@ def studio(
     host: Annotated[
         str, typer.Option(help="Address to listen on; the default lets nobody but this machine use the page.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
+    port: Annotated[int, typer.Option(min=1, max=65535, metavar="<int>", help="Port to listen on.")] = 7860,
     device: DeviceOption = "auto",
 ) -> None:
     """Open a page in the browser: generate, edit and compare, with any registered model; Ctrl-C ends it.

@@ -70,7 +70,7 @@ def build_edit_tab(samples: Path) -> EditTab:
                 run = gr.Button("Edit", variant="primary", scale=3, elem_id="run-edit")
                 stop = gr.Button("Stop", variant="stop", scale=1)
         with gr.Column(scale=4, min_width=320):
-            condition_map = build_picture("Map in between", 240)
+            condition_map = build_picture("Map in between", 240, "map-between")
             result = build_result("Edited", 380)
     rows = [
         [s.image, s.first, s.second, s.prompt, s.num_inference_steps, s.guidance_scale]
@@ -123,4 +123,11 @@ def connect_edit_tab(tab: EditTab, actions: Actions, model: gr.Dropdown, history
         concurrency_id=ONE_AT_A_TIME,
         api_visibility="private",
     )
-    tab.stop.click(stop_run(actions), cancels=[running], queue=False, show_progress="hidden", api_visibility="private")
+    tab.stop.click(
+        stop_run(actions),
+        outputs=tab.result.details,
+        cancels=[running],
+        queue=False,
+        show_progress="hidden",
+        api_visibility="private",
+    )

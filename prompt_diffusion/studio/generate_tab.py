@@ -125,7 +125,14 @@ def connect_generate_tab(tab: GenerateTab, actions: Actions, model: gr.Dropdown,
         concurrency_id=ONE_AT_A_TIME,
         api_visibility="private",
     )
-    tab.stop.click(stop_run(actions), cancels=[running], queue=False, show_progress="hidden", api_visibility="private")
+    tab.stop.click(
+        stop_run(actions),
+        outputs=tab.result.details,
+        cancels=[running],
+        queue=False,
+        show_progress="hidden",
+        api_visibility="private",
+    )
     maker.task.change(list_annotators, maker.task, maker.annotator, show_progress="hidden", api_visibility="private")
     maker.make_pair.click(
         toast_errors(actions.make_pair),

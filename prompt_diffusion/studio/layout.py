@@ -98,7 +98,7 @@ def build_settings(prompt_label: str, prompt_placeholder: str) -> SettingsFields
     return SettingsFields(prompt, negative, seed, steps, guidance, strength, scheduler, size)
 
 
-def build_picture(label: str, height: int) -> gr.Image:
+def build_picture(label: str, height: int, elem_id: str | None = None) -> gr.Image:
     """Draw a place for an image that the page makes; it shows the file itself, settings and all."""
     return gr.Image(
         label=label,
@@ -108,6 +108,7 @@ def build_picture(label: str, height: int) -> gr.Image:
         height=height,
         buttons=["fullscreen"],
         elem_classes="picture",
+        elem_id=elem_id,
     )
 
 

@@ -5,7 +5,7 @@ from functools import lru_cache
 from prompt_diffusion.annotators.base import AnnotateResources, Annotator
 from prompt_diffusion.annotators.choose import can_run, choose_annotator, list_makers
 from prompt_diffusion.annotators.shards import MIRROR
-from prompt_diffusion.annotators.table import build_annotator
+from prompt_diffusion.annotators.table import build_annotator, find_annotator
 from prompt_diffusion.data.transforms import decode_image, encode_png
 from prompt_diffusion.settings import Settings
 from prompt_diffusion.store.storage import join_uri
@@ -37,4 +37,11 @@ class MapMaker:
         return encode_png(self._build(annotator).annotate(decode_image(photograph)[None])[0])
 
     def _build_annotator(self, name: str) -> Annotator:
+        spec = find_annotator(name)
+        if spec.weights is not None and not can_run(spec, self._resources):
+            # a download of hundreds of megabytes, or a hub that does not answer, would hold the page for everybody
+            raise ValueError(
+                f"the weights {spec.weights.file} of {name} are not on this machine: fetch them once with "
+                f"`prompt-diffusion weights mirror {name}`, or choose another annotator"
+            )
         return build_annotator(name, self._resources)

@@ -16,11 +16,11 @@ def tell_steps(progress: gr.Progress) -> OnStep:
     return lambda done, total: progress((done, total), desc="denoising", unit="steps")
 
 
-def stop_run(actions: Actions) -> Callable[[gr.Request], None]:
-    """Return what the Stop button does: the visitor's own run ends at its next step."""
+def stop_run(actions: Actions) -> Callable[[gr.Request], str]:
+    """Return what the Stop button does: the visitor's own run ends at its next step, or leaves the queue."""
 
-    def stop(request: gr.Request) -> None:
+    def stop(request: gr.Request) -> str:
         actions.stop(str(request.session_hash))
-        gr.Info("Stopped.", duration=3)
+        return "Stopped."
 
     return stop
