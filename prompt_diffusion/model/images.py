@@ -119,8 +119,8 @@ def write_images(images: Tensor, output_type: OutputType) -> Any:  # noqa: ANN40
     """
     if not bool(torch.isfinite(images).all()):
         raise ValueError(
-            f"the model gave values that are not finite in {str(images.dtype).removeprefix('torch.')}: "
-            "load it in float32 or bfloat16"
+            f"the pictures have values that are not finite, in {str(images.dtype).removeprefix('torch.')}: after float16 take "
+            "float32 or bfloat16, else another scheduler or a smaller eta"
         )
     if output_type in ("np", "pt"):
         unit = (images.detach().float() / 2.0 + 0.5).clamp(0.0, 1.0)

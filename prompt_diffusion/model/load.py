@@ -12,6 +12,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from prompt_diffusion.model.controlnet import PromptDiffusionControlNet
+from prompt_diffusion.model.schedulers import check_scheduler
 
 if TYPE_CHECKING:
     from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
@@ -97,13 +98,14 @@ def _load_scheduler(folder: Path) -> SchedulerMixin:
     path = folder / "scheduler"
     found = _read_json(path / "scheduler_config.json").get("_class_name")
     kind = getattr(diffusers, str(found), None)
-    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin) and hasattr(kind, "scale_model_input")):
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         raise ValueError(
-            f"{path} names {found!r}, which is no scheduler of diffusers {diffusers.__version__} for a model that predicts "
-            "noise: save the pipeline with one, such as DDIMScheduler"
+            f"{path} names {found!r}, which is no scheduler of diffusers {diffusers.__version__}: save the pipeline with one, "
+            "such as DDIMScheduler"
         )
     load: Any = kind
     scheduler: SchedulerMixin = load.from_pretrained(path)
+    check_scheduler(scheduler)
     return scheduler
 
 

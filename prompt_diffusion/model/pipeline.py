@@ -1,6 +1,5 @@
 """Inference: a diffusers pipeline that does to the query what the example pair shows."""
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from prompt_diffusion.model.controlnet import predict_noise
 from prompt_diffusion.model.editing import EditingMixin
 from prompt_diffusion.model.images import Images, OutputType, check_output_type, write_images
 from prompt_diffusion.model.load import load_pipeline
+from prompt_diffusion.model.schedulers import check_scheduler, choose_step_options
 from prompt_diffusion.model.text import encode_texts, warn_of_cut_texts
 
 __all__ = ["Images", "OutputType", "PromptDiffusionOutput", "PromptDiffusionPipeline", "load_pipeline"]
@@ -107,10 +107,11 @@ class PromptDiffusionPipeline(EditingMixin, PipelineContract):
             ValueError: What does not fit together or cannot be read, in one sentence.
         """
         check_output_type(output_type)
+        check_scheduler(self.scheduler)
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self._check_tensor_names(callback_on_step_end_tensor_inputs)
-        steps = self._check_steps(num_inference_steps)
+        steps = self._choose_steps(num_inference_steps, num_images_per_prompt)
         conditions = read_conditions(query, example_pair, height, width, self.latent_stride)
         prompts, negatives = _list_texts(prompt, "prompt"), _list_texts(negative_prompt or "", "negative_prompt")
         given = {"texts as prompt": len(prompts), "texts as negative_prompt": len(negatives)}
@@ -146,9 +147,11 @@ class PromptDiffusionPipeline(EditingMixin, PipelineContract):
                 f"got {', '.join(unknown)}"
             )
 
-    def _check_steps(self, num_inference_steps: int | None) -> int:
+    def _choose_steps(self, num_inference_steps: int | None, num_images_per_prompt: int) -> int:
         steps = self.default_num_inference_steps if num_inference_steps is None else num_inference_steps
         largest = self.scheduler.config.num_train_timesteps
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
         if not 1 <= steps <= largest:
             raise ValueError(f"num_inference_steps must be between 1 and {largest}, got {steps}")
         return steps
@@ -229,10 +232,8 @@ class PromptDiffusionPipeline(EditingMixin, PipelineContract):
         if is_guided:
             unconditional, conditional = noise_pred.chunk(2)
             noise_pred = unconditional + self.guidance_scale * (conditional - unconditional)
-        known = inspect.signature(self.scheduler.step).parameters
-        extra = {"eta": start.eta, "generator": start.generators}
-        extra = {name: value for name, value in extra.items() if name in known}
-        stepped: Tensor = self.scheduler.step(noise_pred, timestep, latents, **extra, return_dict=False)[0]
+        options = choose_step_options(self.scheduler, start.eta, start.generators)
+        stepped: Tensor = self.scheduler.step(noise_pred, timestep, latents, **options, return_dict=False)[0]
         return stepped.to(latents.dtype)
 
     def _decode(self, latents: Tensor) -> Tensor:
@@ -241,7 +242,7 @@ class PromptDiffusionPipeline(EditingMixin, PipelineContract):
 
 
 def _list_texts(texts: Texts, name: str) -> list[str]:
-    listed = [texts] if isinstance(texts, str) else list(texts)
+    listed: list[Any] = list(texts) if isinstance(texts, list | tuple) else [texts]
     wrong = [type(text).__name__ for text in listed if not isinstance(text, str)]
     if wrong or not listed:
         raise ValueError(f"{name} is a text or a list of texts, got {wrong[0] if wrong else 'an empty list'}")
