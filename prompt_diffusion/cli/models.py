@@ -15,6 +15,7 @@ from prompt_diffusion.cli.shared import say_errors
 if TYPE_CHECKING:
     from prompt_diffusion.registry import ModelVersionSummary
 
+_WIDE = 100  # columns of a terminal that has room for what a version is, beside the numbers of six vision tasks
 # What a metric is called above its column; its name goes on with the vision task: rmse/image_to_depth.
 _MEASURES = {"rmse": "RMSE", "frechet_distance": "Fréchet", "FID": "FID"}
 
@@ -37,7 +38,7 @@ def models(
         return
     console = Console(highlight=False)
     for model, group in groupby(sorted(versions, key=lambda version: version.name), key=lambda version: version.name):
-        console.print(_tabulate(model, list(group)))
+        console.print(_tabulate(model, list(group), with_titles=console.width >= _WIDE))
     if not versions:
         console.print("No model has been registered yet: prompt-diffusion train makes one.")
     elif any(version.metrics for version in versions):
@@ -62,29 +63,32 @@ def promote(
     print(f"{promoted.uri} is now {', '.join(aliases)}: load it as models:/{promoted.name}@{alias}")
 
 
-def _tabulate(model: str, versions: "list[ModelVersionSummary]") -> Table:
+def _tabulate(model: str, versions: "list[ModelVersionSummary]", with_titles: bool) -> Table:
     """Return the table of one registered model: a row a version, a column a metric, the best of each in bold."""
     metrics = sorted({metric for version in versions for metric in version.metrics})
     best = {metric: min(v.metrics[metric] for v in versions if metric in v.metrics) for metric in metrics}
-    grid = Table(box=box.SIMPLE_HEAD, title=model, title_justify="left", title_style="bold", padding=(0, 1, 0, 0))
+    padding = (0, 1, 0, 0) if with_titles else 0
+    grid = Table(box=box.SIMPLE_HEAD, title=model, title_justify="left", title_style="bold", padding=padding)
     grid.add_column("", justify="right", no_wrap=True)
     grid.add_column("alias", no_wrap=True)
     grid.add_column("date", no_wrap=True)
-    grid.add_column("model", ratio=1)
+    if with_titles:
+        grid.add_column("model")
     for metric in metrics:
         grid.add_column(_head(metric), justify="right", no_wrap=True)
     for version in versions:
         numbers = [
-            f"[bold]{version.metrics[metric]:.4g}[/bold]"
+            f"[bold]{version.metrics[metric]:.3g}[/bold]"
             if version.metrics.get(metric) == best[metric] and len(versions) > 1
-            else f"{version.metrics[metric]:.4g}"
+            else f"{version.metrics[metric]:.3g}"
             if metric in version.metrics
             else "-"
             for metric in metrics
         ]
         aliases = "\n".join(version.aliases) or "-"
-        date = version.created.astimezone().strftime("%d %b %Y")
-        grid.add_row(version.version, escape(aliases), date, escape(version.title or version.source), *numbers)
+        date = version.created.astimezone().strftime("%Y-%m-%d")
+        title = [escape(version.title or version.source or "-")] if with_titles else []
+        grid.add_row(version.version, escape(aliases), date, *title, *numbers)
     return grid
 
 

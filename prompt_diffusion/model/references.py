@@ -5,6 +5,7 @@ place, the hub's name and the precision on disk never count. A repository of a h
 planned. Imports no torch, so that planning is fast.
 """
 
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,6 +17,8 @@ BESIDE_BASE = "base"
 """The reference of the ControlNet that stands beside the base."""
 PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")
+"""What a hub's repository is called: ``name`` or ``name@revision``."""
 BASE_LICENCES = {
     DEMO_BASE: "Apache-2.0",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "CreativeML OpenRAIL-M",

@@ -23,6 +23,8 @@ from prompt_diffusion.store.fingerprint import compute_digest
 
 logger = logging.getLogger(__name__)
 
+MODELS = "models"
+"""The folder of the cache that holds them."""
 DIGESTS_FILE = "digests.json"
 CARD_FILE = "README.md"
 _CHECKS_AT_ONCE = 4  # hashing lets go of the interpreter

@@ -6,7 +6,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prompt_diffusion.registry.facts import ModelFacts
+from prompt_diffusion.model.references import HUB_NAME
+from prompt_diffusion.registry.facts import UNKNOWN, ModelFacts
 from prompt_diffusion.tracking.facts import flatten
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ def render_description(facts: ModelFacts, uri: str, metrics: Mapping[str, float]
 
 
 def _render(facts: ModelFacts, uri: str, metrics: Mapping[str, float], *, front_matter: bool, with_recipe: bool) -> str:
-    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", facts.base) is not None
     text = _load_template().render(
         facts=facts,
         uri=uri,
@@ -49,12 +49,16 @@ def _render(facts: ModelFacts, uri: str, metrics: Mapping[str, float], *, front_
         recipe=flatten(facts.configuration) if with_recipe else {},
         front_matter=front_matter,
         # a model is a derivative of its base: the base's licence is the one that binds who passes it on
-        hub_licence=_HUB_LICENCES.get(
-            facts.licences.get("base", ""), "other" if "base" in facts.licences else "unknown"
-        ),
-        hub_base=facts.base.partition("@")[0] if is_hub_name else None,
+        hub_licence=_name_licence(facts.licences.get("base", UNKNOWN)),
+        hub_base=facts.base.partition("@")[0] if HUB_NAME.fullmatch(facts.base) else None,
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def _name_licence(licence: str) -> str:
+    """Return what hubs call a licence, which may be followed by remarks."""
+    known = (name for text, name in _HUB_LICENCES.items() if licence.startswith(text))
+    return next(known, UNKNOWN if licence.startswith(UNKNOWN) else "other")
 
 
 @lru_cache(maxsize=1)

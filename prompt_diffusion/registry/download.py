@@ -1,6 +1,5 @@
 """From a reference to a local folder whose files are what was registered, and to a pipeline."""
 
-import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,8 +8,8 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from prompt_diffusion.model.mirror import find_model
-from prompt_diffusion.model.references import fetch_repository, is_hub_reference
-from prompt_diffusion.registry.cache import complete_copy, link_or_copy
+from prompt_diffusion.model.references import HUB_NAME, fetch_repository, is_hub_reference
+from prompt_diffusion.registry.cache import MODELS, complete_copy, link_or_copy
 from prompt_diffusion.registry.versions import DIGEST_TAG, SCHEME, TITLE_TAG, find_version, say_registry
 from prompt_diffusion.settings import Settings, load_settings
 from prompt_diffusion.training.stage import PIPELINE_FOLDER
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
     from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
-
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
 def load(
@@ -60,7 +57,7 @@ def fetch(reference: str, settings: Settings) -> Path:
         return _fetch_version(version, reference, settings)
     if reference and Path(reference).is_dir():
         return Path(reference)
-    if not is_hub_reference(reference) or _HUB_NAME.fullmatch(reference) is None:
+    if not is_hub_reference(reference) or HUB_NAME.fullmatch(reference) is None:
         raise ValueError(
             f"{reference!r} is neither a folder nor a registered model (models:/NAME@ALIAS, models:/NAME/VERSION) nor a hub's "
             "repository (NAME/REPOSITORY)"
@@ -85,7 +82,7 @@ def _fetch_version(version: "ModelVersion", reference: str, settings: Settings) 
     def fetch_file(path: str, target: Path) -> None:
         _fetch_artifact(f"{place}/{path}", target, settings, reference)
 
-    return complete_copy(settings.cache_dir / "models", digest, fetch_file, reference)
+    return complete_copy(settings.cache_dir / MODELS, digest, fetch_file, reference)
 
 
 def _fetch_artifact(uri: str, target: Path, settings: Settings, reference: str) -> None:
@@ -96,14 +93,13 @@ def _fetch_artifact(uri: str, target: Path, settings: Settings, reference: str) 
             link_or_copy(local, target)
         return  # a missing file is named by whoever checks its digest
     import mlflow
-    from mlflow.exceptions import MlflowException
 
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as folder:
         try:
             found = mlflow.artifacts.download_artifacts(
                 artifact_uri=uri, dst_path=folder, tracking_uri=settings.tracking_uri
             )
-        except (MlflowException, OSError) as error:
+        except Exception as error:  # whatever MLflow's client of that artifact store raises
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{reference!r} cannot be fetched from {uri}: {reason}") from error
         shutil.move(found, target)

@@ -1,18 +1,22 @@
 """What a sealed training says of itself: its recipe, its data, and the licences of all that went into it."""
 
-from collections.abc import Iterator
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from prompt_diffusion.annotators.config import EXACT
 from prompt_diffusion.annotators.table import ANNOTATORS
 from prompt_diffusion.data.ingest import SOURCE_LICENCES
 from prompt_diffusion.model.mirror import MIRROR
-from prompt_diffusion.model.references import BASE_LICENCES, DEMO_BASE, is_hub_reference
+from prompt_diffusion.model.references import BASE_LICENCES, DEMO_BASE, HUB_NAME, is_hub_reference
+from prompt_diffusion.registry.cache import MODELS
 from prompt_diffusion.registry.facts import UNKNOWN, ModelFacts
 from prompt_diffusion.store.manifest import Manifest, UnsealedError, open_manifest
 from prompt_diffusion.store.storage import join_uri
-from prompt_diffusion.training.config import TrainConfig
 
+REGISTERED_BASE = "a registered model, digest "
 CODE_LICENCE = "Apache-2.0"
 # Input roles of a training whose manifests say something of the data, and the stage that sealed them.
 _STAGES = {"pairs": "ingest", "maps": "annotate"}
@@ -24,8 +28,8 @@ _SOURCE_LIMITS = {
 
 def collect_facts(model: Manifest) -> ModelFacts:
     """Return what a version says of a sealed training; what cannot be found out is "unknown"."""
-    config = TrainConfig.model_validate_json(model.read_file("config.json"))
-    base = name_base(config.base)
+    config = json.loads(model.read_file("config.json"))  # as it was sealed, whatever fields there are today
+    base = name_base(config["base"])
     data = dict(_open_data(model))
     kinds = {role: manifest.identity.config["source"]["kind"] for role, manifest in data.items() if _is_pairs(role)}
     sizes = {manifest.identity.config["image_size"] for role, manifest in data.items() if _is_pairs(role)}
@@ -35,7 +39,7 @@ def collect_facts(model: Manifest) -> ModelFacts:
         title=_title(config),
         source=f"trained with this project, training {model.ref.fingerprint}",
         base=base,
-        vision_tasks=config.vision_tasks,
+        vision_tasks=tuple(config["vision_tasks"]),
         licences={"code": CODE_LICENCE, "base": BASE_LICENCES.get(base, UNKNOWN), **_find_licences(model, data, kinds)},
         configuration=model.identity.config,
         datasets=model.identity.inputs,
@@ -46,16 +50,20 @@ def collect_facts(model: Manifest) -> ModelFacts:
 
 def name_base(reference: str) -> str:
     """Return what a base may be called in public: its own name, never a folder of this machine."""
-    if reference == DEMO_BASE or is_hub_reference(reference):
+    if reference == DEMO_BASE or (is_hub_reference(reference) and HUB_NAME.fullmatch(reference)):
         return reference
     _, mirrored, repository = reference.partition(f"{MIRROR}/")
-    return repository if mirrored else "a model from a folder"
+    if mirrored:
+        return repository
+    path = Path(reference)
+    is_registered = path.parent.name == MODELS and re.fullmatch("[0-9a-f]{64}", path.name) is not None
+    return f"{REGISTERED_BASE}{path.name}" if is_registered else "a model from a folder"
 
 
-def _title(config: TrainConfig) -> str:
-    count = len(config.vision_tasks)
-    what = "ControlNet" if config.method == "controlnet" else "Prompt Diffusion"
-    tasks = config.vision_tasks[0].replace("_", " ") if count == 1 else f"{count} vision tasks"
+def _title(config: Mapping[str, Any]) -> str:
+    count = len(config["vision_tasks"])
+    what = "ControlNet" if config["method"] == "controlnet" else "Prompt Diffusion"
+    tasks = config["vision_tasks"][0].replace("_", " ") if count == 1 else f"{count} vision tasks"
     return f"{what}, {tasks}"
 
 

@@ -1,6 +1,7 @@
 """Making a model a version: a sealed training, or a folder that was made elsewhere."""
 
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from prompt_diffusion.model.digest import digest_file
 from prompt_diffusion.registry.artifact import FACTS_FILE, name_artifact, write_artifact
-from prompt_diffusion.registry.cache import CARD_FILE, digest_listing, hold, is_read, link_or_copy
+from prompt_diffusion.registry.cache import CARD_FILE, MODELS, digest_listing, hold, is_read, link_or_copy
 from prompt_diffusion.registry.card import render_card, render_description
-from prompt_diffusion.registry.facts import ModelFacts
-from prompt_diffusion.registry.provenance import collect_facts
+from prompt_diffusion.registry.facts import UNKNOWN, ModelFacts
+from prompt_diffusion.registry.provenance import REGISTERED_BASE, collect_facts
 from prompt_diffusion.registry.versions import (
     CHALLENGER,
     DIGEST_TAG,
@@ -36,14 +37,16 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 _DESCRIPTION = "Prompt Diffusion: in-context vision tasks by example pairs."
+_ROOM_PREFIX = "registering-"
 _MAX_TAG = 5000  # characters that MLflow's databases hold
 
 
 def register_model(
-    model: ManifestRef, settings: Settings, metrics: Mapping[str, float] | None = None, alias: str = CHALLENGER
+    model: ManifestRef, settings: Settings, metrics: Mapping[str, float] | None = None, alias: str | None = CHALLENGER
 ) -> RegisteredModel:
     """Make a sealed training a model version and give it the alias; the same model is registered once.
 
+    Where the alias is None, a new version becomes the challenger, and one that is there keeps what it has.
     The version carries the training's configuration and fingerprint, the fingerprints of its inputs, licences, a model card,
     and digests of every file. What trainings could not tell MLflow when it was away is delivered first. ConnectionError,
     within seconds, where the registry does not answer.
@@ -54,9 +57,10 @@ def register_model(
     with _open_registry(settings) as client:
         version = _find_version(client, settings.registered_model, model.fingerprint)
         if version is None:
+            alias = alias or CHALLENGER
             with _make_room(settings) as root:
                 digests = _stage_training(manifest, root)
-                facts = collect_facts(manifest)
+                facts = _add_base(client, collect_facts(manifest))
                 version = _create_version(
                     client, settings, root, digests, facts, model.fingerprint, f"train-{model.fingerprint[:8]}"
                 )
@@ -98,16 +102,17 @@ def record_metrics(model: RegisteredModel, settings: Settings, metrics: Mapping[
 @contextmanager
 def _open_registry(settings: Settings) -> Iterator["MlflowClient"]:
     """Give a client; of this machine's processes and threads, one registers at a time: the same model makes one version."""
-    with hold(settings.cache_dir / "models" / "register.lock"):
+    with hold(settings.cache_dir / MODELS / "register.lock"):
         yield connect(settings)
 
 
 @contextmanager
 def _make_room(settings: Settings) -> Iterator[Path]:
     """Give a folder beside the cache: a model is larger than what a machine's temporary folder may hold."""
-    place = settings.cache_dir / "models"
-    place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place, prefix="registering-") as folder:
+    place = settings.cache_dir / MODELS
+    for left in place.glob(f"{_ROOM_PREFIX}*"):  # of a process that was killed: one registers at a time
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(dir=place, prefix=_ROOM_PREFIX) as folder:
         yield Path(folder) / "model"
 
 
@@ -143,6 +148,20 @@ def _list_files(folder: Path) -> list[str]:
         if not any(path.startswith(f"{part}/") and path.endswith(".safetensors") for path in paths):
             raise ValueError(f"{folder} holds no Prompt Diffusion pipeline: it has no {part} with safetensors weights")
     return paths
+
+
+def _add_base(client: "MlflowClient", facts: ModelFacts) -> ModelFacts:
+    """Say which version a training began from, where that was a registered model, and take its licences over."""
+    digest = facts.base.removeprefix(REGISTERED_BASE)
+    if digest == facts.base:
+        return facts
+    for version in client.search_model_versions(f"tags.{DIGEST_TAG} = '{digest}'"):
+        licences: dict[str, str] = json.loads(version.tags.get(LICENCES_TAG, "{}"))
+        own = {part: licence for part, licence in facts.licences.items() if part != "base"}
+        theirs = {part if part == "base" else f"base's {part}": licence for part, licence in licences.items()}
+        name = f"{SCHEME}{version.name}/{version.version}"
+        return facts.model_copy(update={"base": name, "licences": {"base": UNKNOWN} | theirs | own})
+    return facts
 
 
 def _find_version(client: "MlflowClient", name: str, fingerprint: str) -> "ModelVersion | None":
@@ -191,11 +210,14 @@ def _create_version(
     return version
 
 
-def _name(client: "MlflowClient", version: "ModelVersion", alias: str, metrics: Mapping[str, float]) -> RegisteredModel:
+def _name(
+    client: "MlflowClient", version: "ModelVersion", alias: str | None, metrics: Mapping[str, float]
+) -> RegisteredModel:
     """Give a version its alias, and its card once it has metrics or none yet."""
     if metrics or not version.description:
         _record(client, version, metrics)
-    client.set_registered_model_alias(version.name, alias, version.version)
+    if alias is not None:
+        client.set_registered_model_alias(version.name, alias, version.version)
     return RegisteredModel(name=version.name, version=str(version.version), alias=alias, run_id=version.run_id)
 
 

@@ -33,8 +33,8 @@ class RegisteredModel(BaseModel):
     """The registered model."""
     version: str
     """Its version."""
-    alias: str
-    """The alias that was given to it."""
+    alias: str | None
+    """The alias that was given to it now; None where it kept what it had."""
     run_id: str
     """MLflow's run, where its metrics stand."""
 
@@ -106,6 +106,8 @@ def find_version(client: "MlflowClient", reference: str) -> "ModelVersion":
     from mlflow.exceptions import MlflowException
 
     rest = reference.removeprefix(SCHEME)
+    if rest == reference:
+        raise ValueError(f"{reference!r} names no registered model: write models:/NAME/VERSION or models:/NAME@ALIAS")
     name, at, alias = rest.partition("@")
     if not at:
         name, _, number = rest.partition("/")

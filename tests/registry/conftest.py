@@ -12,23 +12,34 @@ from prompt_diffusion.training.world import World
 
 
 @pytest.fixture(scope="session")
-def model(scene_inputs, tiny_base):
+def train_one_step(scene_inputs, tiny_base):
+    """Return what trains a model of one step from a base, and seals it."""
     encode = EncodeConfig(base=tiny_base)
     images = {"image": scene_inputs.pairs, **scene_inputs.maps}
     latents = {name: run_encode(encode, ref, scene_inputs.store) for name, ref in images.items()}
-    config = TrainConfig(
-        base=tiny_base,
-        image_to_map_examples={"other_group": 1.0},
-        dropout=DropoutConfig(),
-        noise=NoiseConfig(prediction_type="v_prediction"),
-        stem_channels=(4, 8, 8),
-        sampling=SamplingConfig(num_inference_steps=3, guidance_scale=2.0),
-        batch_size=2,
-        num_steps=1,
-    )
     text = run_encode_text(encode, scene_inputs.pairs, scene_inputs.store)
     inputs = TrainInputs(pairs=scene_inputs.pairs, maps=scene_inputs.maps, latents=latents, text=text)
-    return run_train(config, inputs, scene_inputs.store, TrainResources(), World())
+
+    def train(base, **changes):
+        config = TrainConfig(
+            base=base,
+            image_to_map_examples={"other_group": 1.0},
+            dropout=DropoutConfig(),
+            noise=NoiseConfig(prediction_type="v_prediction"),
+            stem_channels=(4, 8, 8),
+            sampling=SamplingConfig(num_inference_steps=3, guidance_scale=2.0),
+            batch_size=2,
+            num_steps=1,
+            **changes,
+        )
+        return run_train(config, inputs, scene_inputs.store, TrainResources(), World())
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def model(train_one_step, tiny_base):
+    return train_one_step(tiny_base)
 
 
 @pytest.fixture(scope="session")

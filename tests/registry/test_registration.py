@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlparse
@@ -15,6 +18,7 @@ from prompt_diffusion.registry import (
     ModelFacts,
     RunTracker,
     connect,
+    fetch,
     list_versions,
     record_metrics,
     register_folder,
@@ -22,7 +26,7 @@ from prompt_diffusion.registry import (
     set_alias,
 )
 from prompt_diffusion.registry.card import MAX_DESCRIPTION, render_card, render_description
-from prompt_diffusion.store.manifest import open_manifest
+from prompt_diffusion.store.manifest import open_manifest, seal_manifest, write_file, write_folder
 
 FACTS = ModelFacts(
     title="A checkpoint",
@@ -91,11 +95,56 @@ def test_a_trainings_card_says_what_it_learnt_from_what_under_which_licences(mod
         assert "of no use for photographs" in text
         for fingerprint in identity.inputs.values():
             assert fingerprint[:32] in text
-    assert card.startswith("---\nlicense: other\nlibrary_name: diffusers\n")
+    assert card.startswith("---\nlicense: unknown\nlibrary_name: diffusers\n")
     assert "| num_steps | 1 |" in card
     assert "/tmp/" not in card  # no folder of this machine
     facts = ModelFacts.model_validate_json((artifact / "facts.json").read_bytes())
     assert facts.configuration == identity.config
+
+
+def test_a_training_that_went_on_from_a_registered_model_names_it_and_takes_its_licences_over(
+    settings, pipeline_folder, train_one_step
+):
+    first = register_folder(pipeline_folder, settings, name="first", facts=FACTS)
+    base = str(fetch(first.uri, settings))
+    trained = train_one_step(base, controlnet="base", vision_tasks=("image_to_depth",))
+    register_model(trained, settings.model_copy(update={"registered_model": "second"}))
+    (summary,) = list_versions(settings, "second")
+    assert summary.licences["base"] == FACTS.licences["base"]
+    assert summary.licences["base's code"] == FACTS.licences["code"]
+    assert summary.licences["dataset"].startswith("Apache-2.0")
+    assert summary.vision_tasks == ("image_to_depth",)
+    assert f"base: {first.uri}." in connect(settings).get_model_version("second", "1").description
+
+
+def test_measuring_a_model_again_leaves_the_aliases_where_they_are(
+    model, settings, registered, train_one_step, tiny_base
+):
+    newer = register_model(train_one_step(tiny_base, seed=1), settings)
+    assert register_model(model, settings, {"rmse/image_to_depth": 0.5}, alias=None).version == registered.version
+    aliases = {version.version: version.aliases for version in list_versions(settings, "prompt-diffusion")}
+    assert aliases == {newer.version: ("challenger",), registered.version: ()}
+    connect(settings).delete_model_version(newer.name, newer.version)
+    set_alias(registered.uri, "challenger", settings)
+
+
+def test_a_training_in_a_store_far_away_is_registered_and_what_cannot_be_found_there_is_unknown(
+    model, settings, registered, s3_store
+):
+    sealed = open_manifest(model.uri)
+    folder = Path(model.uri)
+    files = write_folder(sealed.identity, s3_store, "pipeline", folder / "pipeline")
+    files.append(write_file(sealed.identity, s3_store, "config.json", (folder / "config.json").read_bytes()))
+    far = seal_manifest(sealed.identity, s3_store, files, counts=sealed.counts)
+    # the image pairs and maps were not copied there
+    second = register_model(far, settings.model_copy(update={"registered_model": "far"}))
+    (summary,) = list_versions(settings, "far")
+    assert summary.licences["dataset"] == "unknown"
+    assert summary.licences["annotator maps/depth"] == "unknown"
+    digests = [
+        connect(settings).get_model_version(v.name, v.version).tags["digests_sha256"] for v in (registered, second)
+    ]
+    assert digests[0] == digests[1]
 
 
 def test_a_card_has_what_hubs_read_and_fits_into_mlflows_database():
@@ -157,6 +206,32 @@ def test_threads_that_register_the_same_folder_make_one_version(settings, pipeli
     assert len(list_versions(settings, "race")) == 1
     left = [path.name for path in (settings.cache_dir / "models").iterdir() if path.name.startswith("registering-")]
     assert left == []
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from mlflow import MlflowClient
+from prompt_diffusion.registry import ModelFacts, register_folder
+from prompt_diffusion.settings import Settings
+
+MlflowClient.create_model_version = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+settings = Settings(tracking_uri=sys.argv[2], cache_dir=sys.argv[3])
+register_folder(Path(sys.argv[1]), settings, name="killed", facts=ModelFacts(title="Half of it"))
+"""
+
+
+def test_a_registration_that_is_killed_leaves_no_version_and_the_next_one_cleans_up(settings, pipeline_folder):
+    arguments = [str(pipeline_folder), settings.tracking_uri, str(settings.cache_dir)]
+    killed = subprocess.run([sys.executable, "-c", _KILLED, *arguments], check=False, capture_output=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert list_versions(settings, "killed") == []
+    with pytest.raises(ValueError, match="killed has no alias"):
+        prompt_diffusion.load("models:/killed@challenger", settings)
+    assert list((settings.cache_dir / "models").glob("registering-*"))
+    assert register_folder(pipeline_folder, settings, name="killed", facts=FACTS).version == "1"
+    assert not list((settings.cache_dir / "models").glob("registering-*"))
+    assert prompt_diffusion.load("models:/killed", settings).unet.config.sample_size == 8
 
 
 def test_a_promoted_version_is_what_the_bare_name_means(settings, pipeline_folder, tmp_path):

@@ -56,11 +56,11 @@ def row():
     return {name: to_base64(encode_png(image)) for name, image in zip(names, images, strict=True)}
 
 
-def generate(settings, served, row, prompt, seed, steps, guidance):
+def generate(settings, served, row, prompt, seed, steps, **options):
     """Return what the pipeline itself makes of a row."""
     source, target, query = (decode_image(base64.b64decode(row[name])) for name in row)
     generator = torch.Generator().manual_seed(seed)
-    options = {"guidance_scale": guidance, "num_inference_steps": steps, "generator": generator}
+    options |= {"num_inference_steps": steps, "generator": generator}
     return load(served.uri, settings)(prompt, (source, target), query, output_type="uint8", **options).images[0]
 
 
@@ -88,7 +88,7 @@ def test_a_server_answers_a_post_with_the_pipelines_own_image(settings, served, 
         status, answer = post(port, {"dataframe_records": [{**row, "prompt": "a red cube"}], "params": params})
         assert status == 200, answer
         image = decode_image(base64.b64decode(answer["predictions"][0]["image"]))
-        np.testing.assert_array_equal(image, generate(settings, served, row, "a red cube", 7, 2, 3.0))
+        np.testing.assert_array_equal(image, generate(settings, served, row, "a red cube", 7, 2, guidance_scale=3.0))
         status, answer = post(port, {"dataframe_records": [{**row, "query": "bm8="}]})
         assert status == 400
         assert answer["message"].endswith("Error: query of row 0: the image cannot be decoded: not an image file")
@@ -126,7 +126,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(settings, served, pyfunc, r
     both = predict(pyfunc, rows, num_inference_steps=1, seed=3)
     alone = predict(pyfunc, rows[1:], num_inference_steps=1, seed=3)
     np.testing.assert_array_equal(both[1], alone[0])
-    np.testing.assert_array_equal(both[0], generate(settings, served, row, "", 3, 1, 7.5))
+    np.testing.assert_array_equal(both[0], generate(settings, served, row, "", 3, 1))
     assert not np.array_equal(alone[0], predict(pyfunc, rows[1:], num_inference_steps=1, seed=4)[0])
 
 
