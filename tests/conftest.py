@@ -211,3 +211,39 @@ def train_refs() -> "Callable[..., TrainInputs]":
         )
 
     return build
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tiny_base: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Save a pipeline of the tiny base and a ControlNet whose random weights heed pair and query; return its folder."""
+    import torch
+
+    from prompt_diffusion.model.base import load_base
+    from prompt_diffusion.model.controlnet import PromptDiffusionControlNet
+    from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
+
+    base = load_base(tiny_base)
+    torch.manual_seed(3)
+    controlnet = PromptDiffusionControlNet.from_unet(base.unet, (4, 8, 8)).eval()
+    for parameter in controlnet.parameters():  # a fresh one would ignore pair and query
+        torch.nn.init.normal_(parameter, std=0.2)
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-pipeline"
+    pipeline = PromptDiffusionPipeline.from_parts(
+        base, controlnet, default_num_inference_steps=3, default_guidance_scale=2.0
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def scene_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Write a scene, its depth and another scene as PNG files of 48 pixels: ``source``, ``target``, ``query``."""
+    from prompt_diffusion.data.sources.scenes import build_scene_pair
+    from prompt_diffusion.data.transforms import encode_png
+
+    folder = tmp_path_factory.mktemp("scene-files")
+    pair, other = build_scene_pair(7, 0, 48), build_scene_pair(7, 1, 48)
+    images = {"source": pair.input.image, "target": pair.input.maps["depth"], "query": other.input.image}
+    for name, image in images.items():
+        (folder / f"{name}.png").write_bytes(encode_png(image))
+    return {name: folder / f"{name}.png" for name in images}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from prompt_diffusion.annotators.hub import download_file
 from prompt_diffusion.store.fingerprint import compute_digest
 from prompt_diffusion.store.storage import exists, join_uri, list_files, read_bytes, write_bytes
 
@@ -184,9 +185,7 @@ def _read_published(weights: PublishedWeights) -> WeightFile:
         except (metadata.PackageNotFoundError, FileNotFoundError) as error:
             raise ValueError(_ways_out(weights, "its package is not installed here")) from error
     try:
-        from huggingface_hub import hf_hub_download
-
-        path = Path(hf_hub_download(source.repository, source.path, revision=source.revision))
+        path = download_file(source.repository, source.path, source.revision)
     except OSError as error:  # what the hub's client raises for no network, no such file, offline mode
         raise ValueError(_ways_out(weights, f"the hub did not give it ({type(error).__name__})")) from error
     # The hub's cache names the bytes of a large file by the sha256 that the hub states for it.

@@ -11,10 +11,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from prompt_diffusion.cli.annotators import annotators_app, weights_app
+from prompt_diffusion.cli.annotators import annotate, annotators_app, weights_app
 from prompt_diffusion.cli.checkpoints import export_checkpoint, import_checkpoint
+from prompt_diffusion.cli.generation import PairsCommand, edit, generate, settings
 from prompt_diffusion.cli.models import models, promote
 from prompt_diffusion.cli.shared import OverridesOption, PresetOption, StoreOption, parse_overrides, say_errors
+from prompt_diffusion.cli.studio import studio
 from prompt_diffusion.cli.training import train
 
 if TYPE_CHECKING:
@@ -27,17 +29,23 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(weights_app, name="weights")
-app.add_typer(annotators_app, name="annotators")
-app.command()(train)
-app.command()(import_checkpoint)
-app.command()(export_checkpoint)
-app.command()(models)
-app.command()(promote)
+USE, MAKE, INSPECT = "Use a model", "Train and evaluate", "Inspect"
+app.command(cls=PairsCommand, rich_help_panel=USE)(generate)
+app.command(rich_help_panel=USE)(edit)
+app.command(rich_help_panel=USE)(annotate)
+app.command(rich_help_panel=USE)(studio)
+app.command(rich_help_panel=USE)(import_checkpoint)
+app.command(rich_help_panel=USE)(export_checkpoint)
+app.command(rich_help_panel=MAKE)(train)
+app.command(rich_help_panel=MAKE)(promote)
+app.add_typer(weights_app, name="weights", rich_help_panel=MAKE)
+app.command(rich_help_panel=INSPECT)(models)
+app.command(rich_help_panel=INSPECT)(settings)
+app.add_typer(annotators_app, name="annotators", rich_help_panel=INSPECT)
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-@app.command()
+@app.command(rich_help_panel=MAKE)
 @say_errors
 def demo(
     preset: PresetOption = "demo",
@@ -95,7 +103,7 @@ def show_table(table: "BenchmarkTable", as_json: bool) -> None:
     console.print(outcomes)
 
 
-@app.command()
+@app.command(rich_help_panel=INSPECT)
 @say_errors
 def table(as_json: JsonOption = False, store: StoreOption = None) -> None:
     """Print the newest benchmark table.
@@ -108,7 +116,7 @@ def table(as_json: JsonOption = False, store: StoreOption = None) -> None:
     show_table(find_newest_table(store or load_settings().store), as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=INSPECT)
 @say_errors
 def manifest(
     uri: Annotated[str, typer.Argument(help="A sealed folder: {store}/{stage}/{fingerprint}.")],
@@ -146,52 +154,6 @@ def _print_description(content: dict[str, Any]) -> None:
         print(f"  {file['path']}  {file['rows']} rows  {file['bytes']} bytes  sha256 {file['sha256'][:12]}")
     if len(files) > 20:
         print(f"  and {len(files) - 20} more")
-
-
-@app.command()
-@say_errors
-def generate(
-    example: Annotated[tuple[Path, Path], typer.Option(help="The example pair: source image, target image.")],
-    query: Annotated[Path, typer.Option(help="The image to do the same to.")],
-    out: Annotated[Path, typer.Option(help="Where to write the result, a PNG file.")],
-    model: Annotated[
-        str, typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION, or a folder.")
-    ] = "models:/prompt-diffusion@challenger",
-    prompt: Annotated[str, typer.Option(help="Text; empty lets the example pair decide alone.")] = "",
-    seed: Annotated[int, typer.Option(help="Seed of the image.")] = 0,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 12,
-    guidance: Annotated[float, typer.Option(help="Guidance weight; 1 is none.")] = 1.0,
-) -> None:
-    """Do to the query what the example pair shows.
-
-    Example: prompt-diffusion generate --example photo.png depth.png --query other.png --out depth-of-other.png
-    """
-    from prompt_diffusion.data.transforms import decode_image, encode_png, resize_image
-
-    images = []
-    for path in (*example, query):
-        try:
-            images.append(decode_image(path.read_bytes()))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-    import torch
-
-    import prompt_diffusion
-
-    pipeline = prompt_diffusion.load(model)
-    size = pipeline.unet.config.sample_size * 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-    source, target, queried = (resize_image(image, size) for image in images)
-    result = pipeline(
-        prompt,
-        (source, target),
-        queried,
-        guidance_scale=guidance,
-        num_inference_steps=steps,
-        generator=torch.Generator().manual_seed(seed),
-        output_type="uint8",
-    ).images[0]
-    out.write_bytes(encode_png(result))
-    print(f"{out}: {size} x {size} pixels, seed {seed}", file=sys.stderr)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
-"""The commands `weights` and `annotators`."""
+"""The commands `annotate`, `weights` and `annotators`."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from prompt_diffusion.cli.files import check_out, read_image_file, write_file
 from prompt_diffusion.cli.shared import StoreOption, say_errors
 
 weights_app = typer.Typer(
@@ -19,6 +21,62 @@ annotators_app = typer.Typer(help="What makes condition maps.", no_args_is_help=
 FromOption = Annotated[
     str | None, typer.Option("--from", help="A file or folder that holds the weights; default: package or hub.")
 ]
+
+
+@say_errors
+def annotate(
+    image: Annotated[Path, typer.Argument(help="A photograph.")],
+    annotator: Annotated[
+        str,
+        typer.Option(
+            "--with", help="depth, hed, seg, normal, canny, scribble or lineart, or one of `annotators list` by name."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The PNG file to write.")],
+    size: Annotated[
+        int | None, typer.Option(min=8, max=4096, help="Cut the centre square and resize it to this before.")
+    ] = None,
+    place: FromOption = None,
+    store: StoreOption = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda; auto takes a GPU where there is one.")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
+) -> None:
+    """Make the condition map of a photograph.
+
+    A condition's name takes its first annotator whose weights are on this machine, and says which.
+
+    Example: prompt-diffusion annotate photo.png --with hed --out edges.png
+    """
+    from prompt_diffusion.annotators.base import AnnotateResources
+    from prompt_diffusion.annotators.choose import choose_annotator
+    from prompt_diffusion.annotators.shards import MIRROR
+    from prompt_diffusion.annotators.table import build_annotator
+    from prompt_diffusion.data.transforms import decode_image, encode_png, resize_image
+    from prompt_diffusion.settings import load_settings
+    from prompt_diffusion.store.storage import join_uri
+
+    check_out(out, force)
+    pixels = decode_image(read_image_file(image))
+    pixels = pixels if size is None else resize_image(pixels, size)
+    mirrored = join_uri(store or load_settings().store, MIRROR)
+    resources = AnnotateResources(weights=place, weights_mirror=mirrored, device=device)
+    spec = choose_annotator(annotator, resources)
+    built = build_annotator(spec.name, resources)
+    write_file(out, encode_png(built.annotate(pixels[None])[0]))
+    height, width = pixels.shape[:2]
+    facts = {
+        "file": str(out),
+        "condition": spec.condition,
+        "annotator": spec.name,
+        "version": spec.version,
+        "weights": built.weights_digest or None,
+        "width": width,
+        "height": height,
+    }
+    print(f"{out}: {spec.condition} map by {spec.name}, {width} x {height} pixels", file=sys.stderr)
+    if as_json:
+        print(json.dumps(facts, indent=2))
 
 
 @weights_app.command()

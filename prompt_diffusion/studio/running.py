@@ -1,0 +1,26 @@
+"""How a long run takes its turn, tells how far it is, and is stopped."""
+
+from collections.abc import Callable
+
+import gradio as gr
+
+from prompt_diffusion.generation import OnStep
+from prompt_diffusion.studio.actions import Actions
+
+ONE_AT_A_TIME = "model"
+"""All that computes shares one queue with one worker."""
+
+
+def tell_steps(progress: gr.Progress) -> OnStep:
+    """Return what moves the bar over the result."""
+    return lambda done, total: progress((done, total), desc="denoising", unit="steps")
+
+
+def stop_run(actions: Actions) -> Callable[[gr.Request], str]:
+    """Return what the Stop button does: the visitor's own run ends at its next step, or leaves the queue."""
+
+    def stop(request: gr.Request) -> str:
+        actions.stop(str(request.session_hash))
+        return "Stopped."
+
+    return stop
