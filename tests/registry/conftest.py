@@ -28,7 +28,6 @@ def train_one_step(scene_inputs, tiny_base):
             noise=NoiseConfig(prediction_type="v_prediction"),
             sampling=SamplingConfig(num_inference_steps=3, guidance_scale=2.0),
             stem_channels=(4, 8, 8),
-            sampling=SamplingConfig(num_inference_steps=3, guidance_scale=2.0),
             batch_size=2,
             num_steps=1,
             **changes,
