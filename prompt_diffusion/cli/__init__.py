@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prompt_diffusion.cli.annotators import annotate, annotators_app, weights_app
+from prompt_diffusion.cli.checkpoints import export_checkpoint, import_checkpoint
 from prompt_diffusion.cli.generation import PairsCommand, edit, generate, settings
 from prompt_diffusion.cli.models import models, promote
 from prompt_diffusion.cli.shared import OverridesOption, PresetOption, StoreOption, parse_overrides, say_errors
@@ -33,6 +34,8 @@ app.command(cls=PairsCommand, rich_help_panel=USE)(generate)
 app.command(rich_help_panel=USE)(edit)
 app.command(rich_help_panel=USE)(annotate)
 app.command(rich_help_panel=USE)(studio)
+app.command(rich_help_panel=USE)(import_checkpoint)
+app.command(rich_help_panel=USE)(export_checkpoint)
 app.command(rich_help_panel=MAKE)(train)
 app.command(rich_help_panel=MAKE)(promote)
 app.add_typer(weights_app, name="weights", rich_help_panel=MAKE)

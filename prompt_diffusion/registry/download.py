@@ -38,12 +38,11 @@ def load(
             what was registered.
     """
     folder = fetch(reference, settings or load_settings())
-    from prompt_diffusion.model.pipeline import (
-        load_pipeline,
-    )  # torch: nobody waits for it to hear of a mistyped reference
+    import torch  # nobody waits for it to hear of a mistyped reference
 
-    pipeline = load_pipeline(folder, device)
-    return pipeline if dtype is None else pipeline.to(dtype)
+    from prompt_diffusion.model.load import load_pipeline
+
+    return load_pipeline(folder, device, dtype or torch.float32)
 
 
 def fetch(reference: str, settings: Settings) -> Path:

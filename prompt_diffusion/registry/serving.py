@@ -100,7 +100,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def _generate(self, row: dict[Hashable, Any], params: Params, place: int) -> Pixels:
         import torch
 
-        size = self._pipeline.unet.config.sample_size * 2 ** (len(self._pipeline.vae.config.block_out_channels) - 1)
+        size = self._pipeline.image_size
         source, target, query = (
             resize_image(read_image(row[name], f"{name} of row {place}"), size) for name in IMAGE_COLUMNS
         )
