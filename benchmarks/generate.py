@@ -31,6 +31,7 @@ from diffusers import (
 )
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from prompt_diffusion.annotators.annotate import run_annotate
 from prompt_diffusion.annotators.base import AnnotateResources
@@ -104,9 +105,9 @@ class Contest:
 
 
 def draw_samples(count: int, image_size: int, folder: str) -> list[Sample]:
-    """Return scenes to be made from their depth maps, with examples of other scenes."""
+    """Return scenes that the demo was not trained on, to be made from their depth maps, with examples of other scenes."""
     config = IngestConfig(
-        source=ScenesConfig(num_groups=2 * count), image_size=image_size, split_fractions=(1.0, 0.0, 0.0)
+        source=ScenesConfig(num_groups=2 * count, seed=99), image_size=image_size, split_fractions=(1.0, 0.0, 0.0)
     )
     pairs = run_ingest(config, folder)
     maps = run_annotate(AnnotateConfig(condition="depth"), pairs, folder, AnnotateResources())
@@ -116,9 +117,13 @@ def draw_samples(count: int, image_size: int, folder: str) -> list[Sample]:
 
 
 def compare_schedulers(
-    pipeline: PromptDiffusionPipeline, samples: list[Sample], guidance_scale: float, rounds: int
+    pipeline: PromptDiffusionPipeline,
+    samples: list[Sample],
+    guidance_scale: float,
+    rounds: int,
+    clock: Callable[[], float],
 ) -> dict[str, Any]:
-    """Return images a second of each scheduler and its root mean squared distance from DDIM with 100 steps, of [0, 1]."""
+    """Return images a second of each scheduler, by the clock, and its RMSE in [0, 1] from DDIM with 100 steps."""
     sources, targets, queries = (
         np.stack([getattr(sample, side) for sample in samples])
         for side in ("example_source", "example_target", "query")
@@ -145,10 +150,10 @@ def compare_schedulers(
     for kind, steps in SCHEDULERS:
         run, seconds = make(kind, steps), []
         for _ in range(rounds):
-            started = time.perf_counter()
+            started = clock()
             images = run()
             synchronise()
-            seconds.append(time.perf_counter() - started)
+            seconds.append(clock() - started)
         rows.append(
             {
                 "scheduler": kind.__name__,
@@ -164,6 +169,13 @@ def compare_schedulers(
         "rows": rows,
         "rmse_between_two_seeds": round(float(np.sqrt(np.square(other - reference).mean())), 4),
     }
+
+
+def count_operations(run: Callable[[], object]) -> float:
+    """Return the operations of products and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops())
 
 
 def open_model(model: Path | None) -> PromptDiffusionPipeline:
@@ -184,31 +196,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--divisor", type=int, default=1 if has_gpu else 5, help="how much narrower than SD v1.5")
     parser.add_argument("--steps", type=int, default=50 if has_gpu else 5, help="denoising steps of the comparison")
-    parser.add_argument("--rounds", type=int, default=10 if has_gpu else 15)
+    parser.add_argument("--rounds", type=int, default=10 if has_gpu else 25)
     parser.add_argument("--model", type=Path, help="folder of a trained pipeline, for the schedulers")
+    parser.add_argument("--guidance-scale", type=float, help="of the schedulers; without it the model's own")
     parser.add_argument("--samples", type=int, default=8, help="images of the schedulers' comparison")
     add_out_option(parser)
     arguments = parser.parse_args()
     device, dtype = ("cuda", torch.float16) if has_gpu else ("cpu", torch.float32)
     contest = Contest(arguments.divisor, arguments.steps, torch.device(device), dtype)
     gap = float((contest.run_ours() - contest.run_peer()).abs().max())
-    paths = {"ours": contest.run_ours, "peer": contest.run_peer}
+    paths: dict[str, Callable[[], object]] = {"ours": contest.run_ours, "peer": contest.run_peer}
+    operations = {name: count_operations(run) / arguments.steps for name, run in paths.items()}
+    # on a CPU that others use, too, the process's own time
+    clock = time.perf_counter if has_gpu else time.process_time
     seconds = {
-        name: [each / arguments.steps for each in times] for name, times in take_turns(arguments.rounds, paths).items()
+        name: [each / arguments.steps for each in times]
+        for name, times in take_turns(arguments.rounds, paths, clock).items()
     }
     pipeline = open_model(arguments.model).to(device)
     with tempfile.TemporaryDirectory() as folder:
         samples = draw_samples(arguments.samples, pipeline.image_size, folder)
-    guidance_scale = pipeline.default_guidance_scale
-    schedulers = compare_schedulers(pipeline, samples, guidance_scale, rounds=3)
+    guidance_scale = arguments.guidance_scale or pipeline.default_guidance_scale
+    schedulers = compare_schedulers(pipeline, samples, guidance_scale, 3, clock)
     finish(
         {
             "name": "generate",
             **compare(seconds),
             # other work on the machine slows single rounds: the fastest of each are nearly free of it
             "ratio_of_the_fastest_rounds": round(min(seconds["peer"]) / min(seconds["ours"]), 2),
-            "unit": f"seconds a guided step of one {IMAGE_SIZE} px image, SD v1.5 at 1/{arguments.divisor} of its width, "
-            f"{str(dtype).removeprefix('torch.')}",
+            "gigaflop_a_step": {name: round(count / 1e9, 2) for name, count in operations.items()},
+            "unit": f"{'' if has_gpu else 'CPU '}seconds a guided step of one {IMAGE_SIZE} px image, SD v1.5 at "
+            f"1/{arguments.divisor} of its width, {str(dtype).removeprefix('torch.')}",
             "device": describe_device(),
             "versions": find_versions("torch", "diffusers", "transformers"),
             "largest_latent_difference": gap,

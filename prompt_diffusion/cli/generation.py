@@ -230,8 +230,11 @@ def _run(
     from prompt_diffusion.generation import open_model, run_request
     from prompt_diffusion.settings import load_settings
 
-    model = open_model(requests[0].model, load_settings(), device)
-    for request in requests:
-        with show_steps(f"seed {request.seed}") as on_step:
-            generation = run_request(request, model, query, examples, on_step)
-        yield generation
+    try:
+        model = open_model(requests[0].model, load_settings(), device)
+        for request in requests:
+            with show_steps(f"seed {request.seed}") as on_step:
+                generation = run_request(request, model, query, examples, on_step)
+            yield generation
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; what was finished is kept") from None

@@ -45,8 +45,8 @@ def say_errors(command: Callable[P, R]) -> Callable[P, R]:
         except (ValueError, OSError) as error:
             print(f"prompt-diffusion: {error}", file=sys.stderr)
             raise typer.Exit(USER_ERROR) from None
-        except KeyboardInterrupt:
-            print("prompt-diffusion: stopped; run the same command to go on", file=sys.stderr)
+        except KeyboardInterrupt as stop:
+            print(f"prompt-diffusion: {str(stop) or 'stopped; run the same command to go on'}", file=sys.stderr)
             raise typer.Exit(STOPPED) from None
 
     return wrapped

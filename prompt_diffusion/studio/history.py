@@ -74,7 +74,9 @@ def describe(result: Result | None) -> str:
         lines.append(f"not “{escape(request.negative_prompt)}”")
     details = [escape(request.model)]
     if request.mode == "edit":
-        details.append(f"edit by {escape(request.condition or '')}")
+        details.append(f"edit by text, through {escape(request.condition or '')}")
+    elif result.way is not None:
+        details.append("edit by example")
     if request.controlnet_conditioning_scale != 1.0:
         details.append(f"strength {request.controlnet_conditioning_scale:g}")
     if request.scheduler:

@@ -82,10 +82,8 @@ def build_settings(prompt_label: str, prompt_placeholder: str) -> SettingsFields
         )
     with gr.Accordion("More settings", open=False):
         negative = gr.Textbox(label="Negative text", info="What guidance leads away from.", max_length=2000, lines=1)
+        strength = gr.Slider(0.0, 2.0, 1.0, step=0.05, label="Strength", info="Weight of pair and query; 1 as trained.")
         with gr.Row():
-            strength = gr.Slider(
-                0.0, 2.0, 1.0, step=0.05, label="Strength", info="Weight of pair and query; 1 as trained."
-            )
             scheduler = gr.Dropdown(
                 [("the model's", ""), ("DDIM", "ddim"), ("DPM-Solver++", "dpm"), ("UniPC", "unipc")],
                 value="",

@@ -13,7 +13,6 @@ MAX_WAITING = 8
 """Requests that may wait for the model; one more is told to come back."""
 MAX_STEPS = 200
 MAX_SIZE = 1024
-MAX_IMAGES = 8
 MAX_HISTORY = 24
 """Results that one visitor's page keeps; the oldest goes first."""
 

@@ -12,7 +12,8 @@ ONE_AT_A_TIME = "model"
 
 
 def tell_steps(progress: gr.Progress) -> OnStep:
-    """Return what moves the bar over the result."""
+    """Return what moves the bar over the result, and say that the model comes first."""
+    progress(0.0, desc="loading the model")
     return lambda done, total: progress((done, total), desc="denoising", unit="steps")
 
 

@@ -1,12 +1,15 @@
 """Starts the page on this machine: no analytics, no share link, nothing fetched from elsewhere."""
 
 import os
+import signal
 import socket
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prompt_diffusion.generation import identify_model
 from prompt_diffusion.settings import Settings
 
 if TYPE_CHECKING:
@@ -40,8 +43,13 @@ class ContentPolicy:
 
 
 def serve(settings: Settings, model: str, host: str, port: int, device: str, on_ready: Callable[[str], None]) -> None:
-    """Serve the page until it is interrupted; `on_ready` is told its address. ValueError where the port cannot be used."""
+    """Serve the page until it is interrupted; `on_ready` is told its address.
+
+    ValueError where the port cannot be used, or the registry has no such model. A SIGTERM ends it as an interrupt does.
+    """
     _check_port(host, port)
+    identify_model(model, settings)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that visitors' files are deleted
     with tempfile.TemporaryDirectory(prefix="prompt-diffusion-studio-") as folder:
         # read when gradio is imported
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

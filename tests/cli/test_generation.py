@@ -164,7 +164,7 @@ def test_a_terminal_is_shown_a_bar_and_an_interrupt_leaves_nothing(arguments, tm
             pass
         assert child.wait() == 130
     os.close(ours)
-    assert b"stopped" in seen
+    assert b"prompt-diffusion: stopped; what was finished is kept" in seen
     assert b"Traceback" not in seen
     assert list(tmp_path.iterdir()) == []
 
