@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
+from prompt_diffusion.cli.progress import show_phases
 from prompt_diffusion.cli.shared import StoreOption, say_errors
 
 if TYPE_CHECKING:
@@ -80,15 +80,19 @@ def import_checkpoint(
     if register and original is not None and original.kind == "base":
         raise ValueError(f"{place} is a base: it is not registered, but written with --out and named in train.base")
     keeps = register is None or out is not None
-    status = Console(stderr=True).status(f"checking every weight of {place} and writing the model")
-    with _scratch(None if keeps else settings.cache_dir) as scratch, status:
+    with _scratch(None if keeps else settings.cache_dir) as scratch, show_phases(4 if register else 3) as on_phase:
         folder = out or scratch or Path(place.stem if is_file else f"{place.name}-imported")
         given = load_tokenizer(tokenizer, root, settings.cache_dir) if tokenizer or original else None
         if original is not None and given is not None:
-            report = import_original(original, folder, given, image_size=image_size, take_averages=averages)
+            report = import_original(
+                original, folder, given, image_size=image_size, take_averages=averages, on_phase=on_phase
+            )
         else:
-            report = import_bundle(place, folder, tokenizer=given, image_size=image_size)
-        uri = _register(folder, report, register, settings) if register else None
+            report = import_bundle(place, folder, tokenizer=given, image_size=image_size, on_phase=on_phase)
+        uri = None
+        if register:
+            on_phase("registering")
+            uri = _register(folder, report, register, settings)
     result = {**asdict(report), "folder": str(folder) if folder != scratch else None, "registered": uri}
     print(json.dumps(result, indent=2) if as_json else _describe(result))
 
@@ -122,8 +126,8 @@ def export_checkpoint(
         from prompt_diffusion.settings import load_settings
 
         folder = fetch(model, load_settings())
-    with Console(stderr=True).status(f"writing {out}"):
-        report = export_folder(folder, out)
+    with show_phases(3) as on_phase:
+        report = export_folder(folder, out, on_phase)
     if as_json:
         print(json.dumps(asdict(report), indent=2))
         return

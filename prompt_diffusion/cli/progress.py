@@ -1,4 +1,4 @@
-"""A bar of denoising steps on standard error: drawn in a terminal, a line every quarter elsewhere."""
+"""Bars on standard error, drawn in a terminal: of denoising steps (elsewhere a line every quarter) and of phases."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +18,22 @@ def show_steps(title: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(bar, completed=done, total=total)
+
+
+@contextmanager
+def show_phases(count: int) -> Iterator[Callable[[str], None]]:
+    """Give what is told what begins now, that many times."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        bar = progress.add_task("opening", total=count, completed=-1)
+
+        def begin(phase: str) -> None:
+            progress.update(bar, advance=1, description=phase)
+
+        yield begin
 
 
 def _print_quarter(title: str, done: int, total: int) -> None:

@@ -39,7 +39,7 @@ def open_pipeline(model: ManifestRef, resources: EvalResources) -> "Iterator[Pro
 # Two: a joint model and the baseline it stands beside, at most about 5 GB each for SD v1.5.
 @lru_cache(maxsize=2)
 def _load(uri: str, fingerprint: str, cache_dir: Path, device: str) -> "PromptDiffusionPipeline":
-    from prompt_diffusion.model.pipeline import load_pipeline
+    from prompt_diffusion.model.load import load_pipeline
 
     manifest = open_manifest(uri)
     if manifest.ref.fingerprint != fingerprint:

@@ -30,6 +30,7 @@ class PipelineContract(DiffusionPipeline):  # type: ignore[misc]
         scheduler: SchedulerMixin,
         default_num_inference_steps: int = DEFAULT_NUM_INFERENCE_STEPS,
         default_guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
+        default_image_size: int | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -41,7 +42,9 @@ class PipelineContract(DiffusionPipeline):  # type: ignore[misc]
             scheduler=scheduler,
         )
         self.register_to_config(
-            default_num_inference_steps=default_num_inference_steps, default_guidance_scale=default_guidance_scale
+            default_num_inference_steps=default_num_inference_steps,
+            default_guidance_scale=default_guidance_scale,
+            default_image_size=default_image_size,
         )
         self._guidance_scale = default_guidance_scale
         self._num_timesteps = 0
@@ -54,10 +57,11 @@ class PipelineContract(DiffusionPipeline):  # type: ignore[misc]
         controlnet: PromptDiffusionControlNet,
         default_num_inference_steps: int = DEFAULT_NUM_INFERENCE_STEPS,
         default_guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
+        default_image_size: int | None = None,
     ) -> Self:
         """Compose a pipeline from a base and a ControlNet."""
         parts = (base.vae, base.text_encoder, base.tokenizer, base.unet, controlnet, base.scheduler)
-        return cls(*parts, default_num_inference_steps, default_guidance_scale)
+        return cls(*parts, default_num_inference_steps, default_guidance_scale, default_image_size)
 
     @property
     def default_num_inference_steps(self) -> int:
@@ -76,8 +80,8 @@ class PipelineContract(DiffusionPipeline):  # type: ignore[misc]
 
     @property
     def image_size(self) -> int:
-        """Pixels a side that the model works at."""
-        return int(self.unet.config.sample_size) * self.latent_stride
+        """Pixels a side that the model was trained at; where it was saved without that, what its UNet was made for."""
+        return int(self.config.default_image_size or self.unet.config.sample_size * self.latent_stride)
 
     @property
     def guidance_scale(self) -> float:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import torch
@@ -12,13 +12,11 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from prompt_diffusion.model.controlnet import PromptDiffusionControlNet
+from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
 from prompt_diffusion.model.schedulers import check_scheduler
 
-if TYPE_CHECKING:
-    from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
-
 _INDEX = "model_index.json"
-_DEFAULTS = ("default_num_inference_steps", "default_guidance_scale")
+_DEFAULTS = ("default_num_inference_steps", "default_guidance_scale", "default_image_size")
 _NETWORKS: dict[str, Any] = {
     "vae": AutoencoderKL,
     "text_encoder": CLIPTextModel,
@@ -28,13 +26,11 @@ _NETWORKS: dict[str, Any] = {
 _PARTS = (*_NETWORKS, "tokenizer", "scheduler")
 
 
-def load_pipeline(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "PromptDiffusionPipeline":
+def load_pipeline(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PromptDiffusionPipeline:
     """Load a pipeline, with any of diffusers' schedulers, from a folder that ``save_pretrained`` wrote.
 
     ValueError, in one sentence, names the part that is missing, damaged or of another class, and the tensor that is not finite.
     """
-    from prompt_diffusion.model.pipeline import PromptDiffusionPipeline  # which gives this function to its own callers
-
     _check_parts(folder)
     parts: dict[str, Any] = {name: _load_network(folder, name, dtype) for name in _NETWORKS}
     parts["tokenizer"] = _load_tokenizer(folder)

@@ -14,11 +14,10 @@ from prompt_diffusion.model.contract import PipelineContract
 from prompt_diffusion.model.controlnet import predict_noise
 from prompt_diffusion.model.editing import EditingMixin
 from prompt_diffusion.model.images import Images, OutputType, check_output_type, write_images
-from prompt_diffusion.model.load import load_pipeline
 from prompt_diffusion.model.schedulers import check_scheduler, choose_step_options
 from prompt_diffusion.model.text import encode_texts, warn_of_cut_texts
 
-__all__ = ["Images", "OutputType", "PromptDiffusionOutput", "PromptDiffusionPipeline", "load_pipeline"]
+__all__ = ["Images", "OutputType", "PromptDiffusionOutput", "PromptDiffusionPipeline"]
 
 Texts = str | Sequence[str]
 Generators = torch.Generator | Sequence[torch.Generator] | None

@@ -69,7 +69,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         """Load the pipeline beside the code, its files checked; on a GPU where there is one."""
         import torch
 
-        from prompt_diffusion.model.pipeline import load_pipeline
+        from prompt_diffusion.model.load import load_pipeline
 
         folder = Path(context.artifacts["pipeline"])
         check_folder(folder, (context.model_config or {}).get(DIGEST_KEY))

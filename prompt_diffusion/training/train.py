@@ -92,9 +92,9 @@ def run_train(
     if not world.is_main:
         return None
     grid = validation.render_grid(progress.step)
-    sampling = config.sampling
+    sampling, shown = config.sampling, next(iter(data.values())).rows.image(0, "input", None)
     pipeline = PromptDiffusionPipeline.from_parts(
-        base, controlnet.eval(), sampling.num_inference_steps, sampling.guidance_scale
+        base, controlnet.eval(), sampling.num_inference_steps, sampling.guidance_scale, default_image_size=len(shown)
     ).to("cpu", memory_format=torch.contiguous_format)
     return _seal_model(config, identity, store_root, pipeline, progress, grid)
 

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from prompt_diffusion.cli import app
 from prompt_diffusion.model import mirror
 from prompt_diffusion.model.base import load_base
+from prompt_diffusion.model.load import load_pipeline
 from prompt_diffusion.model.original.convert import account_for, import_checkpoint, open_original
 from prompt_diffusion.model.original.infer import infer_layout
 from prompt_diffusion.model.original.tokenizer import load_tokenizer
-from prompt_diffusion.model.pipeline import load_pipeline
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import torch
 from original_checkpoint import HEADS, build_networks, draw_weights, save_tokenizer, schedule_buffers
 from safetensors.torch import load_file, save_file
 
+from prompt_diffusion.model.load import load_pipeline
 from prompt_diffusion.model.original.convert import import_checkpoint, open_original
-from prompt_diffusion.model.pipeline import load_pipeline
 from prompt_diffusion.store.manifest import open_manifest
 from prompt_diffusion.training.config import OptimizerConfig, TrainConfig, TrainResources
 from prompt_diffusion.training.encode import EncodeConfig, run_encode, run_encode_text

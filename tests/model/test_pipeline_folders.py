@@ -70,6 +70,12 @@ def test_the_models_own_steps_and_guidance_are_saved_and_older_folders_have_diff
         assert (found.default_num_inference_steps, found.default_guidance_scale) == (50, 7.5)
 
 
+def test_a_model_works_at_the_size_that_it_was_trained_at_not_at_its_bases(folder):
+    edit_json(folder / "model_index.json", default_image_size=16)
+    for load in (load_pipeline, PromptDiffusionPipeline.from_pretrained):
+        assert load(folder).image_size == 16
+
+
 @pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler"])
 def test_the_scheduler_that_was_saved_is_the_one_that_is_loaded(pipeline, folder, generate, name):
     own = pipeline.scheduler

@@ -8,7 +8,7 @@ import torch
 
 from prompt_diffusion.data.shard_cache import ShardCache
 from prompt_diffusion.model.base import load_base
-from prompt_diffusion.model.pipeline import load_pipeline
+from prompt_diffusion.model.load import load_pipeline
 from prompt_diffusion.store.manifest import open_manifest
 from prompt_diffusion.store.storage import read_bytes
 from prompt_diffusion.training.config import TrainConfig, TrainResources
@@ -108,6 +108,7 @@ def test_a_sealed_training_is_a_pipeline_with_its_losses(train_inputs, tiny_conf
     assert sum(row["num_samples"] for row in losses) == 3 * config.batch_size == manifest.counts["samples"]
     pipeline = load_pipeline(manifest.fetch_folder("pipeline", tmp_path / "cache"))
     assert (pipeline.default_num_inference_steps, pipeline.default_guidance_scale) == (3, 2.0)
+    assert pipeline.config.default_image_size == 32  # of the images, whatever the base was made for
     fresh = load_base(config.base).unet.state_dict()
     moved = {
         name.split(".")[0] for name, value in pipeline.unet.state_dict().items() if not torch.equal(value, fresh[name])

@@ -15,12 +15,17 @@ from transformers import CLIPTokenizer
 from prompt_diffusion.model.digest import digest_file
 from prompt_diffusion.model.original.folders import find_weights, read_config, read_weights
 from prompt_diffusion.model.original.parts import (
+    CHECKING,
+    DIGESTING,
+    WRITING,
     ImportReport,
+    OnPhase,
     build_networks,
     check_free,
     count_parts,
     fill_network,
     new_folder,
+    tell_nobody,
     write_model,
 )
 from prompt_diffusion.model.original.read import check_types, check_values
@@ -37,7 +42,12 @@ _READ = (*_NETWORKS, "tokenizer", "scheduler", "model_index.json")
 
 
 def import_bundle(
-    folder: Path, out: Path, *, tokenizer: CLIPTokenizer | None = None, image_size: int | None = None
+    folder: Path,
+    out: Path,
+    *,
+    tokenizer: CLIPTokenizer | None = None,
+    image_size: int | None = None,
+    on_phase: OnPhase = tell_nobody,
 ) -> ImportReport:
     """Write a folder of diffusers' port as a pipeline of ours, every tensor accounted for.
 
@@ -56,6 +66,7 @@ def import_bundle(
         configs["text_encoder"],
         stem_channels,
     )
+    on_phase(CHECKING)
     for part in _NETWORKS:
         tensors = read_weights(folder / part)
         check_types(tensors, folder / part)
@@ -65,9 +76,8 @@ def import_bundle(
         fill_network(networks[part], renamed, names, folder / part)
         check_values(tensors, folder / part)
     fitted = fit_tokenizer(tokenizer or read_tokenizer(folder / "tokenizer"), *_text_limits(configs["text_encoder"]))
-    with new_folder(out) as place:
-        write_model(place, networks, fitted, _build_scheduler(configs["scheduler"]))
-    return ImportReport(
+    on_phase(DIGESTING)
+    report = ImportReport(
         kind="prompt_diffusion",
         source=folder.name,
         sha256=digest_file(find_weights(folder / "controlnet")[0]),
@@ -76,6 +86,10 @@ def import_bundle(
         architecture={name: configs["unet"].get(name) for name in _SHARED} | {"stem_channels": list(stem_channels)},
         left_out=tuple(sorted(path.name for path in folder.iterdir() if path.name not in _READ)),
     )
+    on_phase(WRITING)
+    with new_folder(out) as place:
+        write_model(place, networks, fitted, _build_scheduler(configs["scheduler"]))
+    return report
 
 
 def _check_kind(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:

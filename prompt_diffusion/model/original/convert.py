@@ -27,14 +27,19 @@ from prompt_diffusion.model.original.layout import (
 from prompt_diffusion.model.original.names import map_names
 from prompt_diffusion.model.original.parts import (
     BASE_IMAGE_SIZE,
+    CHECKING,
+    DIGESTING,
     RELEASED_IMAGE_SIZE,
+    WRITING,
     ImportReport,
+    OnPhase,
     build_networks,
     check_free,
     count_parts,
     describe_keys,
     fill_network,
     new_folder,
+    tell_nobody,
     write_model,
 )
 from prompt_diffusion.model.original.read import check_types, check_values, read_checkpoint
@@ -90,6 +95,7 @@ def import_checkpoint(
     *,
     image_size: int | None = None,
     take_averages: bool = False,
+    on_phase: OnPhase = tell_nobody,
 ) -> ImportReport:
     """Write a checkpoint as a folder in diffusers' layout: a pipeline, or a base where it has no control model.
 
@@ -112,7 +118,9 @@ def import_checkpoint(
     size = image_size or (BASE_IMAGE_SIZE if layout.stem_channels is None else RELEASED_IMAGE_SIZE)
     scaling = float(f"{float(buffers['scale_factor']):.6g}") if "scale_factor" in buffers else SCALING_FACTOR
     networks = convert_networks(weights, layout, size, scaling, path)
+    on_phase(CHECKING)
     check_values(weights, path)
+    on_phase(DIGESTING)
     report = ImportReport(
         kind=original.kind,
         source=path.name,
@@ -123,6 +131,7 @@ def import_checkpoint(
         buffers=tuple(buffers),
         left_out=_list_left_out(original, take_averages),
     )
+    on_phase(WRITING)
     with new_folder(out) as folder:
         write_model(folder, networks, fitted, scheduler)
     return report

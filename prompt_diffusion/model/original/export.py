@@ -17,7 +17,7 @@ from prompt_diffusion.model.original.configurations import layout_of
 from prompt_diffusion.model.original.folders import read_config, read_weights
 from prompt_diffusion.model.original.layout import POSITIONS, SCALING_FACTOR, is_kernel_of_a_matrix
 from prompt_diffusion.model.original.names import map_names
-from prompt_diffusion.model.original.parts import describe_keys
+from prompt_diffusion.model.original.parts import CHECKING, DIGESTING, WRITING, OnPhase, describe_keys, tell_nobody
 from prompt_diffusion.model.original.read import check_types, check_values
 from prompt_diffusion.model.original.schedule import compute_buffers
 
@@ -43,7 +43,7 @@ class ExportReport:
     """What the original configuration file must say; no file of weights holds the numbers of heads."""
 
 
-def export_checkpoint(folder: Path, out: Path) -> ExportReport:
+def export_checkpoint(folder: Path, out: Path, on_phase: OnPhase = tell_nobody) -> ExportReport:
     """Write a pipeline of ours, or a base, as one file in the original layout; every weight keeps its bits.
 
     ``out`` ends in ``.safetensors`` or ``.ckpt`` (PyTorch's format, the tensors under ``state_dict`` as Lightning keeps them).
@@ -61,6 +61,7 @@ def export_checkpoint(folder: Path, out: Path) -> ExportReport:
     configs = {part: read_config(folder / part) for part in ("unet", "vae", "text_encoder", "scheduler")}
     stem_channels = _find_stems(folder)
     layout = layout_of(configs["unet"], configs["vae"], configs["text_encoder"], configs["scheduler"], stem_channels)
+    on_phase(CHECKING)
     weights: dict[str, Tensor] = {}
     for part, names in map_names(layout).items():
         tensors = read_weights(folder / part)
@@ -71,7 +72,9 @@ def export_checkpoint(folder: Path, out: Path) -> ExportReport:
         check_values(tensors, folder / part)
         weights |= {key: _as_original(key, tensors[ours]) for ours, key in names.items()}
     buffers = _compute_buffers(configs, layout.text.num_positions)
+    on_phase(WRITING)
     _write(weights | buffers, out)
+    on_phase(DIGESTING)
     return ExportReport(
         kind="base" if stem_channels is None else "prompt_diffusion",
         file=str(out),

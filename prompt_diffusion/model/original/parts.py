@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,15 @@ PUBLISHED_STEPS = 100
 PUBLISHED_GUIDANCE = 9.0
 RELEASED_IMAGE_SIZE = 256
 BASE_IMAGE_SIZE = 512
+
+
+OnPhase = Callable[[str], None]
+"""Told what begins now; an import and an export have three phases."""
+CHECKING, DIGESTING, WRITING = "checking every weight", "computing the digest", "writing the model"
+
+
+def tell_nobody(phase: str) -> None:
+    """Stand where nobody wants to know how far it is."""
 
 
 @dataclass(frozen=True)
