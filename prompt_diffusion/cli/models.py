@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from prompt_diffusion.registry import ModelVersionSummary
 
 _WIDE = 100  # columns of a terminal that has room for what a version is, beside the numbers of six vision tasks
+_FEW = 4  # metrics beside which a title has room in any terminal
 # What a metric is called above its column; its name goes on with the vision task: rmse/image_to_depth.
 _MEASURES = {"rmse": "RMSE", "frechet_distance": "Fréchet", "FID": "FID"}
 
@@ -38,7 +39,7 @@ def models(
         return
     console = Console(highlight=False)
     for model, group in groupby(sorted(versions, key=lambda version: version.name), key=lambda version: version.name):
-        console.print(_tabulate(model, list(group), with_titles=console.width >= _WIDE))
+        console.print(_tabulate(model, list(group), is_wide=console.width >= _WIDE))
     if not versions:
         console.print("No model has been registered yet: prompt-diffusion train makes one.")
     elif any(version.metrics for version in versions):
@@ -63,10 +64,11 @@ def promote(
     print(f"{promoted.uri} is now {', '.join(aliases)}: load it as models:/{promoted.name}@{alias}")
 
 
-def _tabulate(model: str, versions: "list[ModelVersionSummary]", with_titles: bool) -> Table:
+def _tabulate(model: str, versions: "list[ModelVersionSummary]", is_wide: bool) -> Table:
     """Return the table of one registered model: a row a version, a column a metric, the best of each in bold."""
     metrics = sorted({metric for version in versions for metric in version.metrics})
     best = {metric: min(v.metrics[metric] for v in versions if metric in v.metrics) for metric in metrics}
+    with_titles = is_wide or len(metrics) < _FEW
     padding = (0, 1, 0, 0) if with_titles else 0
     grid = Table(box=box.SIMPLE_HEAD, title=model, title_justify="left", title_style="bold", padding=padding)
     grid.add_column("", justify="right", no_wrap=True)

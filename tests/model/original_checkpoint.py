@@ -7,6 +7,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 TINY = {"width": 32, "mults": (1, 2), "blocks": 1, "attention": (True, False), "context": 32, "heads": 4}
 TINY_VAE = {"widths": (32, 32, 32, 64), "blocks": 1}
 TINY_TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 24}
+VOCABULARY = 69  # what the tiny tokenizer below learns from its one sentence
 PREFIXES = {
     "control": "control_model.",
     "unet": "model.diffusion_model.",
@@ -18,7 +19,7 @@ _STEMS = ("input_hint_block", "input_cond_block")
 _POOL = 1 << 22
 
 
-def build_networks(unet=TINY, vae=TINY_VAE, text=TINY_TEXT, vocabulary=80):
+def build_networks(unet=TINY, vae=TINY_VAE, text=TINY_TEXT, vocabulary=VOCABULARY):
     """The networks of a checkpoint on the meta device: names and shapes alone."""
     with torch.device("meta"):
         return {

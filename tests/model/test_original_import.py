@@ -50,7 +50,9 @@ def test_a_lightning_checkpoint_becomes_a_pipeline_with_every_bit_and_says_what_
 ):
     content = {"state_dict": weights | schedule_buffers(), "epoch": 3, "global_step": 4999, "callbacks": {}}
     torch.save(content, tmp_path / "network-step=04999.ckpt")
-    report = bring_in(tmp_path / "network-step=04999.ckpt", tmp_path / "out", tokenizer)
+    phases = []
+    report = bring_in(tmp_path / "network-step=04999.ckpt", tmp_path / "out", tokenizer, on_phase=phases.append)
+    assert phases == ["checking every weight", "computing the digest", "writing the model"]
     assert (report.kind, report.image_size) == ("prompt_diffusion", 256)
     assert sum(part["tensors"] for part in report.parts.values()) == len(weights)
     assert set(report.buffers) == set(schedule_buffers())
@@ -255,9 +257,9 @@ def test_the_tokenizer_comes_from_the_mirror_of_the_base_or_is_asked_for(tiny_ba
 
 
 def test_another_models_tokenizer_is_refused(weights, tokenizer, tmp_path):
-    save_file(weights | {"cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": torch.ones(9, 32)},
+    save_file(weights | {"cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": torch.ones(90, 32)},
               tmp_path / "a.safetensors")  # fmt: skip
-    with pytest.raises(ValueError, match="but the text encoder knows 9: it is another model's tokenizer"):
+    with pytest.raises(ValueError, match="but the text encoder knows 90: it is another model's tokenizer"):
         bring_in(tmp_path / "a.safetensors", tmp_path / "out", tokenizer)
 
 

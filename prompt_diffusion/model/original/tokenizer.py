@@ -37,7 +37,7 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
 
 def fit_tokenizer(tokenizer: CLIPTokenizer, vocabulary_size: int, num_positions: int) -> CLIPTokenizer:
     """Check that a tokenizer is of the text encoder's vocabulary, and let it cut texts at the encoder's length."""
-    if len(tokenizer) > vocabulary_size:
+    if len(tokenizer) != vocabulary_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, but the text encoder knows {vocabulary_size}: it is another model's "
             "tokenizer (--tokenizer names the right one)"
