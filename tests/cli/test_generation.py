@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import pty
@@ -149,20 +150,27 @@ def test_a_terminal_is_shown_a_bar_and_an_interrupt_leaves_nothing(arguments, tm
     ours, theirs = pty.openpty()
     options = [str(part) for name, values in arguments.items() for part in (name, *values)]
     command = [*PROGRAM, "generate", *options, "--steps", "1000", "--size", "512"]
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=theirs, env=os.environ | {"TERM": "xterm"}
-    ) as child:
-        os.close(theirs)
+    child = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+        env=os.environ | {"TERM": "xterm"},
+        # whoever starts the tests in the background has them, and all their children, ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    os.close(theirs)
+    try:
         seen = b""
         while b"/1000" not in seen:
             seen += os.read(ours, 4096)
         child.send_signal(signal.SIGINT)
-        try:
+        with contextlib.suppress(OSError):  # how a pseudo-terminal ends
             while data := os.read(ours, 4096):
                 seen += data
-        except OSError:  # how a pseudo-terminal ends
-            pass
         assert child.wait() == 130
+    finally:
+        child.kill()
+        child.wait()
     os.close(ours)
     assert b"prompt-diffusion: stopped; what was finished is kept" in seen
     assert b"Traceback" not in seen
