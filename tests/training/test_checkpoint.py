@@ -197,8 +197,13 @@ def test_a_kill_in_the_middle_of_an_upload_leaves_the_checkpoint_before_it(tmp_p
     child = subprocess.Popen([sys.executable, "-c", _LONG_WRITES, str(tmp_path)])
     try:
         for newest in _watch(tmp_path, child):
-            if len(list_checkpoints(str(tmp_path))) >= 2 and (newest / "weights.safetensors").exists():
+            if len(list_checkpoints(str(tmp_path))) < 2 or not (newest / "weights.safetensors").exists():
+                continue
+            child.send_signal(signal.SIGSTOP)
+            time.sleep(0.1)  # until all its threads have stopped
+            if not (newest / "state.json").exists():
                 break
+            child.send_signal(signal.SIGCONT)  # that upload was over in the meantime: wait for the next one
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()
