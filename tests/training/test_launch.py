@@ -90,12 +90,19 @@ def test_ray_train_goes_on_after_the_loss_of_a_worker(alone, train_inputs, tiny_
 
 def test_a_time_limit_stops_a_training_with_a_checkpoint(train_inputs, tiny_config, tmp_path):
     config = tiny_config.model_copy(update={"num_steps": 100_000})
-    resources = TrainResources(num_processes=2, time_limit_seconds=20, log_every_steps=1, device_batch_size=3)
     steps = []
-    with pytest.raises(TimeLimitError, match=r"time limit of 20 seconds: run the same command to go on"):
-        launch_training(config, train_inputs, str(tmp_path), resources, lambda event: steps.append(event.get("step")))
-    assert find_processes("prompt_diffusion.training") == []
-    saved = [int(path.parent.name.removeprefix("step-")) for path in tmp_path.rglob("state.json")]
+    for limit in (20, 90):  # a busy machine may not come to the first step within the shorter one
+        resources = TrainResources(
+            num_processes=2, time_limit_seconds=limit, log_every_steps=1, device_batch_size=3, validate_every_steps=None
+        )
+        with pytest.raises(TimeLimitError, match=rf"time limit of {limit} seconds: run the same command to go on"):
+            launch_training(
+                config, train_inputs, str(tmp_path), resources, lambda event: steps.append(event.get("step"))
+            )
+        assert find_processes("prompt_diffusion.training") == []
+        saved = [int(path.parent.name.removeprefix("step-")) for path in tmp_path.rglob("state.json")]
+        if steps and steps[-1]:
+            break
     assert max(saved) >= steps[-1] > 0, "what was done since the last checkpoint is lost"
 
 

@@ -122,11 +122,11 @@ def test_a_sealed_training_is_a_pipeline_with_its_losses(train_inputs, tiny_conf
 
 def test_two_processes_take_the_same_steps_as_one(train_inputs, tiny_config, tmp_path):
     config = tiny_config.model_copy(update={"num_steps": 3})
-    tables = []
-    for size in (1, 2):
-        store = str(tmp_path / str(size))
-        ref = launch_training(config, train_inputs, store, TrainResources(num_processes=size))
-        tables.append(open_manifest(ref.uri).read_file("losses.parquet"))
+    refs = (
+        run_train(config, train_inputs, str(tmp_path / "1"), TrainResources(), World()),
+        launch_training(config, train_inputs, str(tmp_path / "2"), TrainResources(num_processes=2)),
+    )
+    tables = (open_manifest(ref.uri).read_file("losses.parquet") for ref in refs)
     one, two = (pq.read_table(io.BytesIO(data)).to_pydict() for data in tables)
     assert one["vision_task"] == two["vision_task"]
     assert one["num_samples"] == two["num_samples"]
@@ -155,7 +155,7 @@ def test_a_recipe_that_the_base_was_not_trained_for_is_refused_before_the_first_
         update={"noise": tiny_config.noise.model_copy(update={"prediction_type": "epsilon"})}
     )
     with pytest.raises(ValueError, match=r"prediction_type is 'epsilon', but base .* was trained for 'v_prediction'"):
-        launch_training(wrong, train_inputs, str(tmp_path), TrainResources())
+        run_train(wrong, train_inputs, str(tmp_path), TrainResources(), World())
     wrong = tiny_config.model_copy(update={"stem_channels": (4, 8)})
     with pytest.raises(ValueError, match="give 3 channels"):
-        launch_training(wrong, train_inputs, str(tmp_path), TrainResources())
+        run_train(wrong, train_inputs, str(tmp_path), TrainResources(), World())
