@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 Pixels = NDArray[np.uint8]
 
 MAX_PIXELS = 64 * 1024 * 1024
+_SAME_SHAPE = 1.02  # the most that two aspects may differ in a pair
 # What Pillow's decoders raise on damaged data, beside OSError: each format's parser has its own way to stumble.
 _DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, OverflowError, AttributeError, MemoryError,
@@ -98,6 +99,20 @@ def resize_image(image: Pixels, size: int) -> Pixels:
     if side == size:
         return square
     return np.array(Image.fromarray(square).resize((size, size), Image.Resampling.LANCZOS), dtype=np.uint8)
+
+
+def check_pair_shape(source: Pixels, target: Pixels, name: str) -> None:
+    """Raise ValueError where the images of an example pair are of another shape, so that cut to squares they would not match.
+
+    Other sizes of one shape are the same picture after the resize; two percent are what rounding to whole pixels makes.
+    """
+    (height, width), (other_height, other_width) = source.shape[:2], target.shape[:2]
+    ratio = width * other_height / (other_width * height)
+    if not 1 / _SAME_SHAPE <= ratio <= _SAME_SHAPE:
+        raise ValueError(
+            f"{name}: its source has {width} x {height} pixels and its target {other_width} x {other_height}, which is another "
+            "shape: cut both alike"
+        )
 
 
 def to_model_range(images: "Pixels | torch.Tensor") -> "torch.Tensor":

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from prompt_diffusion.data.transforms import Pixels, decode_image, resize_image
+from prompt_diffusion.data.transforms import Pixels, check_pair_shape, decode_image, resize_image
 from prompt_diffusion.generation.model import OpenModel
 from prompt_diffusion.generation.record import GenerationRecord
 from prompt_diffusion.generation.request import GenerationRequest, Scheduler
@@ -66,7 +66,10 @@ def run_request(
     size = request.size or pipeline.image_size
     steps = request.num_inference_steps or pipeline.default_num_inference_steps
     files = _name_files(query, examples)
-    pixels = {name: _read(name, data, size) for name, data in files.items()}
+    decoded = {name: _read(name, data) for name, data in files.items()}
+    for n in range(1, len(examples) + 1):
+        check_pair_shape(decoded[f"example_{n}_source"], decoded[f"example_{n}_target"], f"example {n}")
+    pixels = {name: resize_image(image, size) for name, image in decoded.items()}
     pairs = [(pixels[f"example_{n}_source"], pixels[f"example_{n}_target"]) for n in range(1, len(examples) + 1)]
     options: dict[str, Any] = {
         "example_pair": pairs or None,
@@ -108,9 +111,9 @@ def _name_files(query: bytes, examples: ImageFiles) -> dict[str, bytes]:
     return files
 
 
-def _read(name: str, data: bytes, size: int) -> Pixels:
+def _read(name: str, data: bytes) -> Pixels:
     try:
-        return resize_image(decode_image(data), size)
+        return decode_image(data)
     except ValueError as error:
         raise ValueError(f"{name.replace('_', ' ')}: {error}") from None
 

@@ -17,7 +17,7 @@ from mlflow.models import ModelSignature
 from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from prompt_diffusion.data.transforms import Pixels, decode_image, encode_png, resize_image
+from prompt_diffusion.data.transforms import Pixels, check_pair_shape, decode_image, encode_png, resize_image
 from prompt_diffusion.registry.cache import check_folder
 
 if TYPE_CHECKING:
@@ -101,12 +101,12 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         import torch
 
         size = self._pipeline.image_size
-        source, target, query = (
-            resize_image(read_image(row[name], f"{name} of row {place}"), size) for name in IMAGE_COLUMNS
-        )
+        images = [read_image(row[name], f"{name} of row {place}") for name in IMAGE_COLUMNS]
+        check_pair_shape(images[0], images[1], f"the example pair of row {place}")
+        source, target, query = (resize_image(image, size) for image in images)
         chosen = {key: value for key, value in params.model_dump(exclude={"seed"}).items() if value is not None}
         with self._lock:
-            images = self._pipeline(
+            (image,) = self._pipeline(
                 _read_text(row.get("prompt"), f"prompt of row {place}"),
                 (source, target),
                 query,
@@ -115,8 +115,8 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
                 output_type="uint8",
                 **chosen,
             ).images
-        image: Pixels = images[0]
-        return image
+        result: Pixels = image
+        return result
 
 
 def read_image(text: object, name: str) -> Pixels:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from prompt_diffusion.data.transforms import decode_image, resize_image
+from prompt_diffusion.data.transforms import decode_image, encode_png, resize_image
 from prompt_diffusion.generation import build_request, encode_result, read_record, run_request
 from prompt_diffusion.store.fingerprint import compute_digest
 
@@ -121,3 +121,13 @@ def test_words_that_are_not_read_are_told(model, files):
 def test_a_damaged_image_is_named(model, files):
     with pytest.raises(ValueError, match="example 1 target: the image cannot be decoded"):
         run(model, files | {"target": files["target"][:100]})
+
+
+def test_a_pair_of_another_shape_is_refused_and_another_size_of_one_shape_is_not(model, files):
+    wide = encode_png(np.zeros((30, 60, 3), np.uint8))
+    with pytest.raises(
+        ValueError, match=r"example 1: its source has 48 x 48 pixels and its target 60 x 30, .*cut both"
+    ):
+        run(model, files | {"target": wide})
+    twice = encode_png(decode_image(files["target"]).repeat(2, axis=0).repeat(2, axis=1))
+    assert run(model, files | {"target": twice}).image.shape == (32, 32, 3)

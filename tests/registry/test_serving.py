@@ -145,6 +145,13 @@ def large_png():
     return to_base64(buffer.getvalue())
 
 
+def wide_png():
+    """Of another shape than the example source."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 32)).save(buffer, format="PNG")
+    return to_base64(buffer.getvalue())
+
+
 @pytest.mark.parametrize(
     ("change", "params", "says"),
     [
@@ -152,6 +159,7 @@ def large_png():
         ({"query": ""}, {}, "query of row 0: the image is empty"),
         ({"example_source": "bm8="}, {}, "example_source of row 0: the image cannot be decoded: not an image file"),
         ({"example_target": large_png()}, {}, "example_target of row 0: the image has 10000 x 10000 pixels, more than"),
+        ({"example_target": wide_png()}, {}, "the example pair of row 0: its source has "),
         ({"query": "A" * (23 << 20)}, {}, "query of row 0 is longer than 16 MiB"),
         ({"prompt": "x" * 5000}, {}, "prompt of row 0 is a text of up to 2000 characters"),
         (
