@@ -40,6 +40,18 @@ DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace a file that is there.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")]
 
+_FIELDS = (
+    "model",
+    "prompt",
+    "negative_prompt",
+    "num_inference_steps",
+    "guidance_scale",
+    "controlnet_conditioning_scale",
+    "scheduler",
+    "size",
+)
+"""What of a request both commands set, in the order of their options."""
+
 
 class ExampleFiles(NamedTuple):
     """The two values of one --example."""
@@ -84,16 +96,8 @@ def generate(
 
     Example: prompt-diffusion generate --example photo.png depth.png --query other.png --out depth-of-other.png
     """
-    fields = {
-        "model": model,
-        "prompt": prompt,
-        "negative_prompt": negative_prompt,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-        "controlnet_conditioning_scale": strength,
-        "scheduler": scheduler,
-        "size": size,
-    }
+    values = (model, prompt, negative_prompt, steps, guidance, strength, scheduler, size)
+    fields = dict(zip(_FIELDS, values, strict=True))
     _make([fields | {"seed": seed + n} for n in range(num_images)], query, example or [], out, device, force, as_json)
 
 
@@ -136,16 +140,8 @@ def edit(
     """
     if by_example is not None and (example is not None or map_out is not None):
         raise ValueError("--by-example goes through no map: leave out --example and --map-out")
-    fields = {
-        "model": model,
-        "prompt": prompt,
-        "negative_prompt": negative_prompt,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-        "controlnet_conditioning_scale": strength,
-        "scheduler": scheduler,
-        "size": size,
-    }
+    values = (model, prompt, negative_prompt, steps, guidance, strength, scheduler, size)
+    fields = dict(zip(_FIELDS, values, strict=True))
     if by_example is None:
         fields |= {"mode": "edit", "condition": condition}
     pair = by_example or example

@@ -66,11 +66,7 @@ def run_request(
     size = request.size or pipeline.image_size
     steps = request.num_inference_steps or pipeline.default_num_inference_steps
     files = _name_files(query, examples)
-    decoded = {name: _read(name, data) for name, data in files.items()}
-    for n in range(1, len(examples) + 1):
-        check_pair_shape(decoded[f"example_{n}_source"], decoded[f"example_{n}_target"], f"example {n}")
-    pixels = {name: resize_image(image, size) for name, image in decoded.items()}
-    pairs = [(pixels[f"example_{n}_source"], pixels[f"example_{n}_target"]) for n in range(1, len(examples) + 1)]
+    shown, pairs = _read_images(files, len(examples), size)
     options: dict[str, Any] = {
         "example_pair": pairs or None,
         "negative_prompt": request.negative_prompt,
@@ -83,9 +79,9 @@ def run_request(
     }
     with _use_scheduler(pipeline, request.scheduler), _say_memory(size), _collect_notes() as notes:
         if request.condition is not None:
-            output: Any = pipeline.edit(pixels["query"], request.prompt, condition=request.condition, **options)
+            output: Any = pipeline.edit(shown, request.prompt, condition=request.condition, **options)
         else:
-            output = pipeline(request.prompt, query=pixels["query"], **options)
+            output = pipeline(request.prompt, query=shown, **options)
     settled = request.model_copy(
         update={
             "model": model.identity.name,
@@ -109,6 +105,17 @@ def _name_files(query: bytes, examples: ImageFiles) -> dict[str, bytes]:
     for number, (source, target) in enumerate(examples, start=1):
         files |= {f"example_{number}_source": source, f"example_{number}_target": target}
     return files
+
+
+def _read_images(files: dict[str, bytes], num_examples: int, size: int) -> tuple[Pixels, list[tuple[Pixels, Pixels]]]:
+    """Return the query and the example pairs as squares of that size."""
+    decoded = {name: _read(name, data) for name, data in files.items()}
+    pairs = []
+    for number in range(1, num_examples + 1):
+        source, target = (decoded[f"example_{number}_{side}"] for side in ("source", "target"))
+        check_pair_shape(source, target, f"example {number}")
+        pairs.append((resize_image(source, size), resize_image(target, size)))
+    return resize_image(decoded["query"], size), pairs
 
 
 def _read(name: str, data: bytes) -> Pixels:

@@ -1,6 +1,6 @@
 """The base model that Prompt Diffusion starts from: SD v1.5, or this project's own tiny one of the same classes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class Base:
     @property
     def latent_stride(self) -> int:
         """Pixels along one side of an image for each latent along one side."""
-        return int(2 ** (len(self.vae.config["block_out_channels"]) - 1))
+        return compute_latent_stride(self.vae.config)
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """Write the parts as diffusers does, in safetensors of the given precision."""
@@ -51,6 +51,11 @@ class Base:
             part.to(original)
         self.tokenizer.save_pretrained(folder / "tokenizer")
         self.scheduler.save_pretrained(folder / "scheduler")
+
+
+def compute_latent_stride(vae_config: Mapping[str, Any]) -> int:
+    """Return the pixels along one side of an image for each latent along one side, from an autoencoder's configuration."""
+    return int(2 ** (len(vae_config["block_out_channels"]) - 1))
 
 
 def load_base(base: str) -> Base:

@@ -5,7 +5,7 @@ from typing import Self
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from prompt_diffusion.model.base import Base
+from prompt_diffusion.model.base import Base, compute_latent_stride
 from prompt_diffusion.model.controlnet import PromptDiffusionControlNet
 
 DEFAULT_NUM_INFERENCE_STEPS = 50
@@ -76,7 +76,7 @@ class PipelineContract(DiffusionPipeline):  # type: ignore[misc]
     @property
     def latent_stride(self) -> int:
         """Pixels along one side of an image for each latent along one side."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        return compute_latent_stride(self.vae.config)
 
     @property
     def image_size(self) -> int:

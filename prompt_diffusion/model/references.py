@@ -6,6 +6,7 @@ planned. Imports no torch, so that planning is fast.
 """
 
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,9 +20,10 @@ PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")
 """What a hub's repository is called: ``name`` or ``name@revision``."""
+SD_V1_5 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 BASE_LICENCES = {
     DEMO_BASE: "Apache-2.0",
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": "CreativeML OpenRAIL-M",
+    SD_V1_5: "CreativeML OpenRAIL-M",
 }
 """The licence of the bases that the presets name."""
 
@@ -82,14 +84,22 @@ def is_hub_reference(reference: str) -> bool:
 
 def fetch_repository(reference: str) -> Path:
     """Return the local snapshot of a hub's repository, ``name`` or ``name@revision``: what is read of it, and no more."""
-    from huggingface_hub import snapshot_download
-
-    name, _, revision = reference.partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(FILES)))
+        return download_snapshot(reference, FILES)
     except (OSError, ValueError) as error:  # no network, no such repository, no such name
         raise ValueError(
             f"model {reference!r} cannot be had: it is no folder here, and the hub did not give it "
             f"({type(error).__name__}); name 'demo-base', a folder in diffusers' layout, a repository of a hub that this "
             "machine can reach, or fill the store's mirror once with `prompt-diffusion weights mirror-base`"
         ) from error
+
+
+def download_snapshot(reference: str, patterns: Sequence[str]) -> Path:
+    """Return the local snapshot of what the patterns name in a hub's repository, ``name`` or ``name@revision``.
+
+    OSError or ValueError where the hub does not give it.
+    """
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = reference.partition("@")
+    return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(patterns)))

@@ -17,7 +17,7 @@ from prompt_diffusion.studio.layout import (
     build_settings,
 )
 from prompt_diffusion.studio.limits import build_upload
-from prompt_diffusion.studio.running import ONE_AT_A_TIME, stop_run, tell_steps
+from prompt_diffusion.studio.running import connect_run, tell_steps
 from prompt_diffusion.studio.toasts import toast_errors
 from prompt_diffusion.vision_tasks import VISION_TASKS
 
@@ -97,7 +97,7 @@ def connect_edit_tab(tab: EditTab, actions: Actions, model: gr.Dropdown, history
     def edit(
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - how gradio hands it over
-        *values: Any,  # noqa: ANN401 - the fields' values, in the order of `inputs` below
+        *values: Any,  # noqa: ANN401 - the fields' values, in the order of the inputs below
     ) -> list[Any]:
         reference, image, first, second, way, condition, made, *rest = values
         fields = {"model": reference, **dict(zip(SettingsFields.names(), rest, strict=True))}
@@ -114,20 +114,12 @@ def connect_edit_tab(tab: EditTab, actions: Actions, model: gr.Dropdown, history
     tab.way.change(
         relabel, tab.way, [tab.first, tab.second, tab.condition], show_progress="hidden", api_visibility="private"
     )
-    running = gr.on(
-        [tab.run.click, tab.settings.prompt.submit],
+    connect_run(
         edit,
+        [tab.run.click, tab.settings.prompt.submit],
+        tab.stop,
         [model, *tab.inputs(), history.state, *tab.settings.components()],
         [tab.condition_map, *tab.result.components(), *history.components()],
-        show_progress_on=[tab.result.image],
-        concurrency_id=ONE_AT_A_TIME,
-        api_visibility="private",
-    )
-    tab.stop.click(
-        stop_run(actions),
-        outputs=tab.result.details,
-        cancels=[running],
-        queue=False,
-        show_progress="hidden",
-        api_visibility="private",
+        tab.result,
+        actions,
     )

@@ -12,7 +12,7 @@ from prompt_diffusion.studio.history_view import HistoryView, fill_result
 from prompt_diffusion.studio.layout import ResultView, SettingsFields, build_result, build_settings
 from prompt_diffusion.studio.limits import build_upload
 from prompt_diffusion.studio.maps import list_tasks
-from prompt_diffusion.studio.running import ONE_AT_A_TIME, stop_run, tell_steps
+from prompt_diffusion.studio.running import ONE_AT_A_TIME, connect_run, tell_steps
 from prompt_diffusion.studio.toasts import toast_errors
 from prompt_diffusion.vision_tasks import find_vision_task
 
@@ -107,7 +107,7 @@ def connect_generate_tab(tab: GenerateTab, actions: Actions, model: gr.Dropdown,
     def generate(
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - how gradio hands it over
-        *values: Any,  # noqa: ANN401 - the fields' values, in the order of `inputs` below
+        *values: Any,  # noqa: ANN401 - the fields' values, in the order of the inputs below
     ) -> list[Any]:
         reference, source, target, query, made, *rest = values
         fields = {"model": reference, **dict(zip(SettingsFields.names(), rest, strict=True))}
@@ -115,23 +115,14 @@ def connect_generate_tab(tab: GenerateTab, actions: Actions, model: gr.Dropdown,
         result, _, made = actions.make(fields, images, made, str(request.session_hash), tell_steps(progress))
         return [*fill_result(result), made, made.gallery]
 
-    inputs = [model, *tab.inputs(), history.state, *tab.settings.components()]
-    running = gr.on(
-        [tab.run.click, tab.settings.prompt.submit],
+    connect_run(
         generate,
-        inputs,
+        [tab.run.click, tab.settings.prompt.submit],
+        tab.stop,
+        [model, *tab.inputs(), history.state, *tab.settings.components()],
         [*tab.result.components(), *history.components()],
-        show_progress_on=[tab.result.image],
-        concurrency_id=ONE_AT_A_TIME,
-        api_visibility="private",
-    )
-    tab.stop.click(
-        stop_run(actions),
-        outputs=tab.result.details,
-        cancels=[running],
-        queue=False,
-        show_progress="hidden",
-        api_visibility="private",
+        tab.result,
+        actions,
     )
     maker.task.change(list_annotators, maker.task, maker.annotator, show_progress="hidden", api_visibility="private")
     maker.make_pair.click(

@@ -1,11 +1,13 @@
 """How a long run takes its turn, tells how far it is, and is stopped."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import gradio as gr
 
 from prompt_diffusion.generation import OnStep
 from prompt_diffusion.studio.actions import Actions
+from prompt_diffusion.studio.layout import ResultView
 
 ONE_AT_A_TIME = "model"
 """All that computes shares one queue with one worker."""
@@ -25,3 +27,32 @@ def stop_run(actions: Actions) -> Callable[[gr.Request], str]:
         return "Stopped."
 
     return stop
+
+
+def connect_run(
+    action: Callable[..., Any],
+    start: Sequence[Any],
+    stop: gr.Button,
+    inputs: Sequence[Any],
+    outputs: Sequence[Any],
+    result: ResultView,
+    actions: Actions,
+) -> None:
+    """Let what `start` names run an action in its turn, and the Stop button end it."""
+    running = gr.on(
+        list(start),
+        action,
+        list(inputs),
+        list(outputs),
+        show_progress_on=[result.image],
+        concurrency_id=ONE_AT_A_TIME,
+        api_visibility="private",
+    )
+    stop.click(
+        stop_run(actions),
+        outputs=result.details,
+        cancels=[running],
+        queue=False,
+        show_progress="hidden",
+        api_visibility="private",
+    )

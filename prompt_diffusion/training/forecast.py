@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from prompt_diffusion.model.base import compute_latent_stride
 from prompt_diffusion.model.controlnet import (
     EXAMPLE_PAIR_CHANNELS,
     QUERY_CHANNELS,
@@ -24,14 +25,14 @@ from prompt_diffusion.model.controlnet import (
     predict_noise,
     trained_unet_parameters,
 )
-from prompt_diffusion.model.references import base_folder
+from prompt_diffusion.model.references import SD_V1_5, base_folder
 from prompt_diffusion.training.config import TrainConfig, TrainResources
 from prompt_diffusion.training.optimizer import estimate_state_bytes
 
 PRESUMED_TERAFLOPS: Mapping[Literal["float32", "bfloat16"], float] = {"bfloat16": 300.0, "float32": 40.0}
 """Sustained TFLOP/s of a training on one H100, by precision: a presumption, not a measurement."""
 
-_SD15_REPOSITORIES = ("stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5")
+_SD15_REPOSITORIES = (SD_V1_5, "runwayml/stable-diffusion-v1-5")
 _SD15_UNET: Mapping[str, Any] = {
     "sample_size": 64,
     "in_channels": 4,
@@ -154,7 +155,7 @@ def read_layout(base: str) -> BaseLayout:
         if not file.is_file():
             raise ValueError(f"base {base!r} cannot be forecast: {file} is not on this machine")
         parts[name] = json.loads(file.read_text())
-    stride = 2 ** (len(parts["vae"]["block_out_channels"]) - 1)
+    stride = compute_latent_stride(parts["vae"])
     return BaseLayout(f"the configuration of {base!r}", parts["unet"], parts["text_encoder"], stride)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from diffusers import DDIMScheduler
 from transformers import CLIPTokenizer
 
+from prompt_diffusion.model.base import compute_latent_stride
 from prompt_diffusion.model.digest import digest_file
 from prompt_diffusion.model.original.folders import find_weights, read_config, read_weights
 from prompt_diffusion.model.original.parts import (
@@ -58,7 +59,7 @@ def import_bundle(
     configs = {part: read_config(folder / part) for part in (*_NETWORKS, "scheduler")}
     _check_kind(folder, configs)
     stem_channels = configs["controlnet"].get("conditioning_embedding_out_channels", (16, 32, 96, 256))
-    stride = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+    stride = compute_latent_stride(configs["vae"])
     size = image_size or int(configs["unet"]["sample_size"]) * stride
     networks = build_networks(
         {**configs["unet"], "sample_size": size // stride},

@@ -3,6 +3,7 @@
 from typing import Any
 
 from prompt_diffusion.model.original.parts import ImportReport
+from prompt_diffusion.model.references import BASE_LICENCES, SD_V1_5
 from prompt_diffusion.vision_tasks import VISION_TASKS
 
 RELEASED_NAME = "network-step=04999.ckpt"
@@ -10,10 +11,10 @@ RELEASED_NAME = "network-step=04999.ckpt"
 _RELEASED_PARAMETERS = {"unet": 859_520_964, "controlnet": 362_366_032}
 _RELEASED_FACTS: dict[str, Any] = {
     "title": "Prompt Diffusion, the released weights",
-    "base": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "base": SD_V1_5,
     "vision_tasks": tuple(VISION_TASKS),
     "licences": {
-        "base": "CreativeML OpenRAIL-M",
+        "base": BASE_LICENCES[SD_V1_5],
         "code": "Apache-2.0",
         "text encoder": "MIT",
         "released weights": "as the place that they were fetched from states",

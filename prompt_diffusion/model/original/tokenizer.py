@@ -5,9 +5,9 @@ from pathlib import Path
 from transformers import CLIPTokenizer
 
 from prompt_diffusion.model.mirror import find_model
+from prompt_diffusion.model.references import SD_V1_5, download_snapshot
 
 CLIP_REPOSITORY = "openai/clip-vit-large-patch14"
-BASE_REPOSITORY = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 _VOCABULARIES = ("tokenizer.json", "vocab.json")
 _FILES = ("tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 
@@ -18,7 +18,7 @@ def load_tokenizer(reference: str | None, store_root: str, cache_dir: Path) -> C
     None takes SD v1.5's: from the store's mirror of SD v1.5 where there is one, else CLIP's own from the hub. ValueError, in
     one sentence, where it cannot be had.
     """
-    wanted = [reference] if reference else [BASE_REPOSITORY, CLIP_REPOSITORY]
+    wanted = [reference] if reference else [SD_V1_5, CLIP_REPOSITORY]
     places = [Path(find_model(name, store_root, cache_dir)) for name in wanted]
     folder = next((place for place in places if place.is_dir()), None) or _fetch(wanted[-1])
     inner = folder / "tokenizer"
@@ -47,14 +47,11 @@ def fit_tokenizer(tokenizer: CLIPTokenizer, vocabulary_size: int, num_positions:
 
 
 def _fetch(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    name, _, revision = repository.partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_FILES)))
+        return download_snapshot(repository, _FILES)
     except (OSError, ValueError) as error:  # no network, no such repository, no such name
         raise ValueError(
             f"the tokenizer {repository!r} cannot be had: it is no folder here, and the hub did not give it "
             f"({type(error).__name__}); a checkpoint holds none, so name a folder with SD v1.5's (--tokenizer FOLDER), or fill "
-            f"the store's mirror once with `prompt-diffusion weights mirror-base {BASE_REPOSITORY}`"
+            f"the store's mirror once with `prompt-diffusion weights mirror-base {SD_V1_5}`"
         ) from error
