@@ -19,8 +19,9 @@ from PIL import Image
 
 from prompt_diffusion.data.sampler import sample_generator
 from prompt_diffusion.data.transforms import Pixels, decode_image, encode_png
+from prompt_diffusion.engine.noise import draw_timestep
 from prompt_diffusion.training.config import TrainConfig
-from prompt_diffusion.training.samples import Batch, SampleDraw, draw_timestep
+from prompt_diffusion.training.samples import Batch, SampleDraw
 
 Record = Mapping[str, bytes]
 IMAGES = ("example_source", "example_target", "query")

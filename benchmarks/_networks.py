@@ -5,8 +5,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from prompt_diffusion.model.base import Base
-from prompt_diffusion.training.pretrain import train_tokenizer
-from prompt_diffusion.training.pretrain_config import PretrainConfig
+from prompt_diffusion.pretraining.config import PretrainConfig
+from prompt_diffusion.pretraining.train import train_tokenizer
 
 IMAGE_SIZE = 256
 

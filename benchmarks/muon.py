@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 from _measuring import add_out_option, compare, describe_device, find_versions, finish, take_turns
 
+from prompt_diffusion.engine.optimizer import Muon
 from prompt_diffusion.model.base import load_base
 from prompt_diffusion.presets import build_preset
-from prompt_diffusion.training.optimizer import Muon
 from prompt_diffusion.training.train import build_controlnet, select_parameters
 
 

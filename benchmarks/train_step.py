@@ -31,12 +31,13 @@ from prompt_diffusion.data.ingest import IngestConfig, run_ingest
 from prompt_diffusion.data.shard_cache import ShardCache
 from prompt_diffusion.data.sources.scenes import ScenesConfig
 from prompt_diffusion.data.transforms import to_model_range
+from prompt_diffusion.engine.config import TrainResources
+from prompt_diffusion.engine.optimizer import build_optimizers
 from prompt_diffusion.model.base import Base
 from prompt_diffusion.model.controlnet import PromptDiffusionControlNet, predict_noise
-from prompt_diffusion.training.config import TrainConfig, TrainResources
+from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.encode import EncodeConfig, run_encode, run_encode_text
 from prompt_diffusion.training.loss import InContextObjective
-from prompt_diffusion.training.optimizer import build_optimizers
 from prompt_diffusion.training.samples import (
     TrainingData,
     draw_sample,

@@ -21,10 +21,10 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from prompt_diffusion.data.sampler import sample_generator
-from prompt_diffusion.training.config import OptimizerConfig, TrainResources
-from prompt_diffusion.training.loop import run_loop
-from prompt_diffusion.training.plan import LoopPlan
-from prompt_diffusion.training.world import ALONE, join_world
+from prompt_diffusion.engine.config import OptimizerConfig, TrainResources
+from prompt_diffusion.engine.distributed import ALONE, join_world
+from prompt_diffusion.engine.loop import run_loop
+from prompt_diffusion.engine.objective import LoopPlan
 
 WIDTHS = (32, 64, 128, 128)
 TEXT_WIDTH = 80

@@ -4,9 +4,9 @@ from prefect import flow
 
 from flows.run import Upstream, start_run
 from flows.stages import obtain, obtain_maps, obtain_pairs
+from prompt_diffusion.engine.config import TrainResources
+from prompt_diffusion.pretraining.config import PretrainConfig
 from prompt_diffusion.store.manifest import ManifestRef
-from prompt_diffusion.training.config import TrainResources
-from prompt_diffusion.training.pretrain_config import PretrainConfig
 from tasks.pretrain import install, pretrain
 
 # World 1000: the demo's own scenes are of world 0, so that its base has seen none of them.

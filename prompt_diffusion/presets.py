@@ -7,34 +7,25 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from prompt_diffusion.annotators.base import AnnotateResources
 from prompt_diffusion.annotators.config import AnnotateConfig
 from prompt_diffusion.data.ingest import IngestConfig
 from prompt_diffusion.data.sources.instruct_pix2pix import InstructPix2PixConfig
 from prompt_diffusion.data.sources.scenes import ScenesConfig
+from prompt_diffusion.engine.config import NoiseConfig, OptimizerConfig, TrainResources
 from prompt_diffusion.evaluation.config import EvaluateConfig
+from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.model.references import DEMO_BASE
-from prompt_diffusion.training.config import (
-    DropoutConfig,
-    NoiseConfig,
-    OptimizerConfig,
-    SamplingConfig,
-    TrainConfig,
-    TrainResources,
-)
+from prompt_diffusion.training.config import DropoutConfig, SamplingConfig, TrainConfig
 from prompt_diffusion.training.encode import EncodeConfig, EncodeResources
 
 PresetName = Literal["smoke", "demo", "paper"]
 PRESET_NAMES: tuple[PresetName, ...] = ("smoke", "demo", "paper")
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class BaselinesConfig(_Frozen):
+class BaselinesConfig(FrozenModel):
     """The CN(FT) baselines: the joint recipe with the query alone, one vision task each.
 
     The optimizer is their own, so that tuning the joint training's trains no baseline again.
@@ -49,7 +40,7 @@ class BaselinesConfig(_Frozen):
     ``{"depth_to_image": "lllyasviel/sd-controlnet-depth"}``; the others start from the base's encoder."""
 
 
-class AnnotateFanOut(_Frozen):
+class AnnotateFanOut(FrozenModel):
     """How the annotation of a large dataset is shared among workers: never part of a fingerprint."""
 
     engine: Literal["threads", "ray"] = "threads"
@@ -66,7 +57,7 @@ class AnnotateFanOut(_Frozen):
     """CPUs that Ray keeps for a part."""
 
 
-class Resources(_Frozen):
+class Resources(FrozenModel):
     """How much of this machine each stage takes: never part of a fingerprint."""
 
     train: TrainResources = TrainResources()
@@ -87,7 +78,7 @@ class Resources(_Frozen):
     """CPU threads of the evaluation."""
 
 
-class RunConfig(_Frozen):
+class RunConfig(FrozenModel):
     """One complete run, dataset to table."""
 
     name: PresetName

@@ -4,10 +4,10 @@ from typing import Any
 
 from prefect import task
 
+from prompt_diffusion.engine.config import TrainResources
+from prompt_diffusion.pretraining.config import PretrainConfig
+from prompt_diffusion.pretraining.stage import identify_pretrain, install_base, run_pretrain
 from prompt_diffusion.store.manifest import ManifestRef
-from prompt_diffusion.training.config import TrainResources
-from prompt_diffusion.training.pretrain_config import PretrainConfig
-from prompt_diffusion.training.pretrain_stage import identify_pretrain, install_base, run_pretrain
 from tasks.caching import build_stage_options
 from tasks.progress import log_training
 

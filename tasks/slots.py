@@ -11,7 +11,7 @@ from prefect.client.orchestration import get_client
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 
-from prompt_diffusion.training.config import TrainResources
+from prompt_diffusion.engine.config import TrainResources
 
 GPU_LIMIT = "gpu"
 _LEASE_SECONDS = 300.0

@@ -8,11 +8,12 @@ from typing import Any
 from prefect import Task, task
 from prefect.client.schemas.objects import State, TaskRun
 
+from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.registry import RunTracker
 from prompt_diffusion.settings import load_settings
 from prompt_diffusion.store.manifest import ManifestRef, find_sealed
 from prompt_diffusion.tracking.facts import flatten
-from prompt_diffusion.training.config import TrainConfig, TrainResources
+from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.encode import (
     EncodeConfig,
     EncodeResources,

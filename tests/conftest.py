@@ -157,8 +157,8 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> str:
     import torch
 
     from prompt_diffusion.model.base import Base
-    from prompt_diffusion.training import pretrain
-    from prompt_diffusion.training.pretrain_config import PretrainConfig
+    from prompt_diffusion.pretraining import train as pretrain
+    from prompt_diffusion.pretraining.config import PretrainConfig
 
     config = PretrainConfig(
         image_size=32,

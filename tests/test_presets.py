@@ -1,7 +1,8 @@
 import pytest
 
+from prompt_diffusion.engine.config import OptimizerConfig
 from prompt_diffusion.presets import PRESET_NAMES, build_preset
-from prompt_diffusion.training.config import OptimizerConfig, SamplingConfig, TrainConfig
+from prompt_diffusion.training.config import SamplingConfig, TrainConfig
 from prompt_diffusion.training.stage import identify_train
 
 

@@ -6,9 +6,10 @@ from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from prompt_diffusion.annotators.weights import PublishedWeights
+from prompt_diffusion.frozen import FrozenModel
 
 Condition = Literal["depth", "hed", "seg", "normal", "canny", "scribble", "lineart"]
 ImageBatch = npt.NDArray[np.uint8]
@@ -33,10 +34,8 @@ class Annotator(Protocol):
         """Return the maps, uint8 N,H,W,3 RGB, of uint8 N,H,W,3 RGB images; N and the resolution are free."""
 
 
-class AnnotateResources(BaseModel):
+class AnnotateResources(FrozenModel):
     """Where and how fast maps are made; nothing here may change what they are, so nothing here is fingerprinted."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     batch_size: int = Field(default=8, ge=1)
     """Images that the annotator sees at once; bounds the memory."""

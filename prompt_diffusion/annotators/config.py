@@ -2,19 +2,18 @@
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from prompt_diffusion.annotators.table import find_annotator
+from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.vision_tasks import CONDITION_PATTERN
 
 EXACT = "exact"
 EXACT_VERSION = 1
 
 
-class AnnotateConfig(BaseModel):
+class AnnotateConfig(FrozenModel):
     """Which condition map is made, and by what."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     condition: str = Field(pattern=CONDITION_PATTERN)
     """The kind of map: an annotator's, or with `exact` any that the pairs bring."""

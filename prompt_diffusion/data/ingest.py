@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from prompt_diffusion.data.records import SPLITS, ImagePair, Split, image_pairs_table
 from prompt_diffusion.data.sources.base import SampleKey, Source
@@ -14,6 +14,7 @@ from prompt_diffusion.data.sources.image_folder import ImageFolderConfig, ImageF
 from prompt_diffusion.data.sources.instruct_pix2pix import InstructPix2PixConfig, open_instruct_pix2pix
 from prompt_diffusion.data.sources.photos import PhotosConfig, PhotosSource
 from prompt_diffusion.data.sources.scenes import ScenesConfig, ScenesSource
+from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import ManifestRef, Reject, find_sealed
 from prompt_diffusion.store.records import OnProgress
@@ -47,10 +48,8 @@ SOURCE_LICENCES: dict[str, str] = {
 """The licence of the images, by the kind of their source."""
 
 
-class IngestConfig(BaseModel):
+class IngestConfig(FrozenModel):
     """What is read, at which resolution, and how it is split."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     source: SourceConfig = ScenesConfig()
     """Where the image pairs come from."""

@@ -15,7 +15,7 @@ from typing import Final, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from prompt_diffusion.data.records import SPLITS, Split
 from prompt_diffusion.data.transforms import from_model_range, to_model_range
@@ -25,6 +25,7 @@ from prompt_diffusion.evaluation.frechet import compute_frechet_distance
 from prompt_diffusion.evaluation.generate import find_map, open_data, read_images
 from prompt_diffusion.evaluation.models import open_pipeline, reserve_device
 from prompt_diffusion.evaluation.rmse import ImageArray, compute_rmse
+from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import ManifestRef, find_sealed, open_manifest, seal_manifest, write_file
 from prompt_diffusion.vision_tasks import find_vision_task
@@ -52,10 +53,8 @@ PAPER_VALUES: Final[Mapping[tuple[Method, str], float]] = {
 }
 
 
-class CellConfig(BaseModel):
+class CellConfig(FrozenModel):
     """Which number a cell is."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     method: Method
     """Whose outputs are measured."""

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from prompt_diffusion.data.records import Split
 from prompt_diffusion.evaluation.features import ExtractorChoice
+from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.vision_tasks import ExamplePolicy
 
 Method = Literal["CN(FT)", "Prompt Diffusion"]
@@ -18,10 +19,8 @@ PAPER_NEGATIVE_PROMPT: Final = (
 )
 
 
-class EvaluateConfig(BaseModel):
+class EvaluateConfig(FrozenModel):
     """How the benchmark is made; the defaults are the published values (arXiv 2305.01115)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     num_samples: int = Field(default=10_000, ge=2)
     """Images of the test split for each benchmark cell, in order."""
@@ -50,10 +49,8 @@ class EvaluateConfig(BaseModel):
     """The split that queries and truths come from."""
 
 
-class EvalResources(BaseModel):
+class EvalResources(FrozenModel):
     """Where and how fast the evaluation runs; nothing of it enters a fingerprint."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     cache_dir: Path
     """Folder for local copies of model weights, and of the Inception weights."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from prompt_diffusion.data.dataset import InContextData, Sample
 from prompt_diffusion.data.records import Split, generations_table
@@ -20,6 +20,7 @@ from prompt_diffusion.data.transforms import decode_image, encode_png
 from prompt_diffusion.evaluation.config import EvalResources, EvaluateConfig, Method
 from prompt_diffusion.evaluation.models import open_pipeline
 from prompt_diffusion.evaluation.rmse import ImageArray
+from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import ManifestRef, find_sealed, open_manifest
 from prompt_diffusion.store.records import OnProgress
@@ -37,10 +38,8 @@ SHARD_ROWS: Final = 96
 _SEED_BITS: Final = 63
 
 
-class GenerateConfig(BaseModel):
+class GenerateConfig(FrozenModel):
     """What is generated."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     vision_task: str
     """The vision task whose pairs, queries and prompts are shown."""

@@ -12,12 +12,13 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from prompt_diffusion.evaluation.cells import read_truths
 from prompt_diffusion.evaluation.config import EvalResources, EvaluateConfig
 from prompt_diffusion.evaluation.generate import GenerateConfig, find_map, identify_generate, read_images, run_generate
 from prompt_diffusion.evaluation.rmse import ImageArray, compute_image_errors
+from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import ManifestRef, find_sealed, open_manifest, seal_manifest, write_file
 from prompt_diffusion.store.records import OnProgress
@@ -34,10 +35,8 @@ SHOWN_TASKS: Final[Mapping[str, str]] = {
 }
 
 
-class InContextResult(BaseModel):
+class InContextResult(FrozenModel):
     """The confusion matrix of the in-context test."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     labels: list[str]
     """Rows and columns; "none" as a row: no pair was shown; as a column: no map came out, but a photograph."""

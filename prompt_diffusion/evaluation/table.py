@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict
-
 from prompt_diffusion.evaluation.cells import PAPER_VALUES, CellResult
 from prompt_diffusion.evaluation.config import METHODS, Method
 from prompt_diffusion.evaluation.in_context import NONE, InContextResult
 from prompt_diffusion.evaluation.trivial import TrivialResult
+from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.store.manifest import MANIFEST_NAME, open_manifest
 from prompt_diffusion.store.storage import join_uri, list_files
 from prompt_diffusion.vision_tasks import VISION_TASKS
@@ -27,10 +26,8 @@ BASELINE_TITLES: Final = {
 _MISSING: Final = "-"
 
 
-class BenchmarkTable(BaseModel):
+class BenchmarkTable(FrozenModel):
     """All numbers of one benchmark; what `table.json` holds."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     cells: list[CellResult]
     """A number for each (method, vision task)."""
@@ -58,10 +55,8 @@ class BenchmarkTable(BaseModel):
         return [name for name in VISION_TASKS if name in present]
 
 
-class TableRow(BaseModel):
+class TableRow(FrozenModel):
     """One row of the table as people read it: a title and a text for each vision task."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     kind: str
     """"measured", "floor", "trivial" or "paper"."""

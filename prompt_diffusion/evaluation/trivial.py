@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from typing import Final, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from prompt_diffusion.data.dataset import InContextData
 from prompt_diffusion.data.records import Split
 from prompt_diffusion.evaluation.config import EvaluateConfig
 from prompt_diffusion.evaluation.generate import check_num_samples, choose_example_rows, find_map, open_data
 from prompt_diffusion.evaluation.rmse import ImageArray, compute_rmse
+from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import ManifestRef, find_sealed, open_manifest, seal_manifest, write_file
 from prompt_diffusion.vision_tasks import VISION_TASKS, ExamplePolicy, VisionTask
@@ -32,10 +33,8 @@ BaselineName = Literal["mean_map", "copy_query", "copy_example_target"]
 MAX_MEAN_MAPS: Final = 10_000
 
 
-class TrivialConfig(BaseModel):
+class TrivialConfig(FrozenModel):
     """What the trivial baselines are made on: the same queries and examples as the cells."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     num_samples: int = Field(ge=1)
     """Rows of the split, from its start."""
@@ -47,10 +46,8 @@ class TrivialConfig(BaseModel):
     """The split that queries come from."""
 
 
-class TrivialResult(BaseModel):
+class TrivialResult(FrozenModel):
     """The error of one trivial baseline."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     baseline: BaselineName
     """What was given as the answer."""

@@ -11,9 +11,10 @@ import zlib
 from typing import Literal
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from prompt_diffusion.data.transforms import Pixels, decode_image, encode_png
+from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.generation.request import GenerationRequest, say_first
 
 SETTINGS_KEY = "prompt-diffusion"
@@ -21,10 +22,8 @@ SETTINGS_KEY = "prompt-diffusion"
 _AFTER_HEADER = 33  # bytes of a PNG's signature and its first chunk, which is of fixed size
 
 
-class GenerationRecord(BaseModel):
+class GenerationRecord(FrozenModel):
     """What a PNG says about itself: enough to make it again from the same images and the same model."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     format: Literal[1] = 1
     """Raised when a field changes its meaning."""

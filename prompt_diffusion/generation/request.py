@@ -3,16 +3,16 @@
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
+
+from prompt_diffusion.frozen import FrozenModel
 
 Mode = Literal["generate", "edit"]
 Scheduler = Literal["ddim", "dpm", "unipc"]
 
 
-class GenerationRequest(BaseModel):
+class GenerationRequest(FrozenModel):
     """What is asked for, beside the images; None takes the model's own value."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     model: str = Field(min_length=1)
     """``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, a folder, or a hub's repository."""

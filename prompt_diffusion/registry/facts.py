@@ -2,15 +2,15 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from prompt_diffusion.frozen import FrozenModel
 
 UNKNOWN = "unknown"
 
 
-class ModelFacts(BaseModel):
+class ModelFacts(FrozenModel):
     """What a version says of its model, and what the model card is rendered from."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     title: str = Field(min_length=1)
     """What the model is, in a few words."""

@@ -15,9 +15,10 @@ import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from prompt_diffusion.data.transforms import Pixels, check_pair_shape, decode_image, encode_png, resize_image
+from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.registry.cache import check_folder
 
 if TYPE_CHECKING:
@@ -31,10 +32,8 @@ DIGEST_KEY = "digests_sha256"
 """The entry of the model's configuration that pins its files."""
 
 
-class Params(BaseModel):
+class Params(FrozenModel):
     """What a request may set beside its rows; None is the model's own default."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     guidance_scale: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
     """Guidance weight; 1 or less is none."""

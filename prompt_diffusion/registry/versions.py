@@ -7,8 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
-
+from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.settings import Settings
 from prompt_diffusion.tracking.client import FINGERPRINT_TAG, connect, knock
 
@@ -24,10 +23,8 @@ METRIC_TAG = "metric."
 TITLE_TAG, SOURCE_TAG, LICENCES_TAG, VISION_TASKS_TAG = "title", "source", "licences", "vision_tasks"
 
 
-class RegisteredModel(BaseModel):
+class RegisteredModel(FrozenModel):
     """A version of a registered model."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     name: str
     """The registered model."""
@@ -44,10 +41,8 @@ class RegisteredModel(BaseModel):
         return f"{SCHEME}{self.name}/{self.version}"
 
 
-class ModelVersionSummary(BaseModel):
+class ModelVersionSummary(FrozenModel):
     """What a list of models shows of one version."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     name: str
     """The registered model."""

@@ -5,18 +5,16 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict
 
+from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.store.contact_sheet import Cells, draw_contact_sheet
 from prompt_diffusion.store.manifest import Manifest, Reject, StoredFile, open_manifest
 
 _NUM_EXAMPLES = 5
 
 
-class RejectSummary(BaseModel):
+class RejectSummary(FrozenModel):
     """What was left out, in short."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     count: int
     """How many samples."""
@@ -26,10 +24,8 @@ class RejectSummary(BaseModel):
     """The first few."""
 
 
-class ManifestDescription(BaseModel):
+class ManifestDescription(FrozenModel):
     """What `prompt-diffusion manifest` shows."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     uri: str
     """The folder."""

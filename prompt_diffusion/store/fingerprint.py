@@ -4,8 +4,9 @@ import hashlib
 import json
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, field_validator
+from pydantic import Field, JsonValue, StringConstraints, field_validator
 
+from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.store.storage import join_uri
 
 _FINGERPRINT_DIGITS = 32
@@ -27,10 +28,8 @@ def compute_digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-class StageIdentity(BaseModel):
+class StageIdentity(FrozenModel):
     """All that determines a stage's output, and nothing else: no path, host, time or number of workers."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     stage: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]*$")]
     """The stage's name: the folder of its outputs in the store."""

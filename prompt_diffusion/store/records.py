@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict
+from prompt_diffusion.frozen import FrozenModel
 
 
 class UnsealedError(ValueError):
@@ -14,10 +14,8 @@ class DamagedDataError(ValueError):
     """A file is not what its manifest says; the message names it."""
 
 
-class Reject(BaseModel):
+class Reject(FrozenModel):
     """A sample that was left out, and why."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     sample_id: str
     """The sample, as its source names it."""
@@ -25,10 +23,8 @@ class Reject(BaseModel):
     """One sentence."""
 
 
-class ManifestRef(BaseModel):
+class ManifestRef(FrozenModel):
     """All that a task returns of a sealed manifest."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     uri: str
     """The folder."""
@@ -54,10 +50,8 @@ class StoredFile:
     """Digest of the content, 64 hex digits."""
 
 
-class MadeShard(BaseModel):
+class MadeShard(FrozenModel):
     """One finished shard: what the manifest says of it, and the samples that it leaves out."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     index: int
     """Its number."""

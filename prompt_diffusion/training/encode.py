@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from prompt_diffusion.data.dataset import number_captions
 from prompt_diffusion.data.records import arrays_table
 from prompt_diffusion.data.transforms import Pixels, decode_image, to_model_range
+from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.model.references import base_digest
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import ManifestRef, Reject, open_manifest
@@ -32,19 +33,15 @@ _COLUMNS = {"ingest": "edited_image", "annotate": "edited_map"}
 Floats = NDArray[np.float32]
 
 
-class EncodeConfig(BaseModel):
+class EncodeConfig(FrozenModel):
     """Which networks encode."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     base: str
     """The base model whose VAE and text encoder are used: ``demo-base``, a folder, or a hub repository."""
 
 
-class EncodeResources(BaseModel):
+class EncodeResources(FrozenModel):
     """Where the encoders run: never part of the fingerprint."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU where there is one."""
@@ -128,8 +125,8 @@ def _load_when_needed(config: EncodeConfig, resources: EncodeResources) -> "Call
 
     @cache
     def load() -> "Base":
+        from prompt_diffusion.engine.distributed import choose_device
         from prompt_diffusion.model.base import load_base
-        from prompt_diffusion.training.world import choose_device
 
         base, device = load_base(config.base), choose_device(resources.device)
         for part in (base.vae, base.text_encoder):

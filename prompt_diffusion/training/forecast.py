@@ -17,6 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from prompt_diffusion.engine.config import TrainResources
+from prompt_diffusion.engine.optimizer import estimate_state_bytes
 from prompt_diffusion.model.base import compute_latent_stride
 from prompt_diffusion.model.controlnet import (
     EXAMPLE_PAIR_CHANNELS,
@@ -26,8 +28,7 @@ from prompt_diffusion.model.controlnet import (
     trained_unet_parameters,
 )
 from prompt_diffusion.model.references import SD_V1_5, base_folder
-from prompt_diffusion.training.config import TrainConfig, TrainResources
-from prompt_diffusion.training.optimizer import estimate_state_bytes
+from prompt_diffusion.training.config import TrainConfig
 
 PRESUMED_TERAFLOPS: Mapping[Literal["float32", "bfloat16"], float] = {"bfloat16": 300.0, "float32": 40.0}
 """Sustained TFLOP/s of a training on one H100, by precision: a presumption, not a measurement."""

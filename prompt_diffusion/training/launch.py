@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
+from prompt_diffusion.engine.config import TrainResources
+from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.store.fingerprint import compute_digest
 from prompt_diffusion.store.manifest import ManifestRef, find_sealed
 from prompt_diffusion.store.storage import join_uri, local_path, write_bytes
-from prompt_diffusion.training.config import TrainConfig, TrainResources
+from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.preflight import check_training
 from prompt_diffusion.training.stage import TrainInputs, identify_train
 
@@ -39,10 +39,8 @@ _GRACE_SECONDS = SAVING_SECONDS + 30.0
 OnEvent = Callable[[dict[str, Any]], None]
 
 
-class TrainSpec(BaseModel):
+class TrainSpec(FrozenModel):
     """All that a training process is told, as one JSON file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     config: TrainConfig
     inputs: TrainInputs

@@ -21,13 +21,13 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
+from prompt_diffusion.engine.config import TrainResources
+from prompt_diffusion.engine.distributed import World
+from prompt_diffusion.engine.loop import Stopped
 from prompt_diffusion.store.storage import read_bytes
-from prompt_diffusion.training.config import TrainResources
 from prompt_diffusion.training.launch import MAX_RESTARTS, STOPPED_EXIT_CODE, TrainSpec
-from prompt_diffusion.training.loop import Stopped
 from prompt_diffusion.training.run import LOG_FORMAT, USER_ERROR, USER_ERRORS, emit, end_with_launcher
 from prompt_diffusion.training.train import run_train
-from prompt_diffusion.training.world import World
 
 logger = logging.getLogger(__name__)
 

@@ -7,25 +7,13 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from prompt_diffusion.data.transforms import to_model_range
+from prompt_diffusion.engine.noise import weigh_by_snr
 from prompt_diffusion.model.base import Base
 from prompt_diffusion.model.controlnet import PromptDiffusionControlNet, predict_noise
 from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.encode import encode_texts
 from prompt_diffusion.training.samples import Batch, BatchMaker, TrainingData
 from prompt_diffusion.vision_tasks import find_vision_task
-
-
-def weigh_by_snr(alphas_cumprod: Tensor, steps: Tensor, gamma: float, prediction_type: str) -> Tensor:
-    """Return each sample's loss weight of the min-SNR-gamma strategy (Hang et al., arXiv 2303.09556).
-
-    ``alphas_cumprod``: the schedule, T; ``steps``: N. With SNR = a / (1 - a): min(SNR, gamma) / SNR for noise prediction,
-    min(SNR, gamma) / (SNR + 1) for v.
-    """
-    signal = alphas_cumprod[steps]
-    snr = signal / (1.0 - signal)
-    capped = snr.clamp(max=gamma)
-    # Where nothing of the signal is left, both vanish alike.
-    return capped / (snr + 1.0) if prediction_type == "v_prediction" else torch.where(snr > 0, capped / snr, 1.0)
 
 
 class InContextObjective:

@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 
 from prompt_diffusion.data.records import ARRAY_SHAPES_KEY, CONDITION_MAP_SCHEMA, IMAGE_PAIR_SCHEMA
 from prompt_diffusion.data.transforms import decode_image
+from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.store.manifest import Manifest, StoredFile, open_manifest
 from prompt_diffusion.store.storage import join_uri, open_input
-from prompt_diffusion.training.config import TrainConfig, TrainResources
+from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.stage import TrainInputs
 
 if TYPE_CHECKING:

@@ -16,12 +16,12 @@ from typing import Any, NoReturn, TextIO
 
 import torch
 
+from prompt_diffusion.engine.distributed import join_world
+from prompt_diffusion.engine.loop import Stopped
 from prompt_diffusion.store.storage import read_bytes
 from prompt_diffusion.training.launch import LAUNCHER_VARIABLE, SAVING_SECONDS, STOPPED_EXIT_CODE, TrainSpec
-from prompt_diffusion.training.loop import Stopped
 from prompt_diffusion.training.preflight import check_gpus
 from prompt_diffusion.training.train import run_train
-from prompt_diffusion.training.world import join_world
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,9 @@ from prompt_diffusion.data.dataset import InContextData, check_aligned, check_ma
 from prompt_diffusion.data.records import Split
 from prompt_diffusion.data.sampler import RowOrder, sample_generator
 from prompt_diffusion.data.shard_cache import Array, ShardCache
+from prompt_diffusion.engine.noise import draw_timestep
 from prompt_diffusion.store.manifest import Manifest, open_manifest
-from prompt_diffusion.training.config import NoiseConfig, TrainConfig
+from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.stage import IMAGE_TARGET, TrainInputs
 from prompt_diffusion.vision_tasks import VisionTask, find_vision_task
 
@@ -122,18 +123,6 @@ class TrainingData:
         return self.cache.read_row(
             self.text, self.rows.places[row][0], "embedding", self.rows.caption_positions[row], out
         )
-
-
-def draw_timestep(generator: np.random.Generator, noise: NoiseConfig, num_timesteps: int) -> int:
-    """Draw a timestep uniformly, or for the recipe's share from the noisiest ones alone."""
-    is_late = generator.random() < noise.late_fraction
-    first = num_timesteps - noise.late_timesteps if is_late else 0
-    return int(generator.integers(first, num_timesteps))
-
-
-def sample_noise(generator: np.random.Generator, shape: tuple[int, ...] | torch.Size) -> Tensor:
-    """Draw standard Gaussian noise of a shape in float32, on the CPU: the same whatever the training runs on."""
-    return torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32))
 
 
 def draw_sample(config: TrainConfig, data: Mapping[str, TrainingData], index: int) -> SampleDraw:

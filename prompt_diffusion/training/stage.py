@@ -2,8 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from pydantic import BaseModel, ConfigDict
-
+from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.model.references import base_digest, controlnet_digest
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import ManifestRef, open_manifest
@@ -15,10 +14,8 @@ PIPELINE_FOLDER = "pipeline"
 IMAGE_TARGET = "image"
 
 
-class TrainInputs(BaseModel):
+class TrainInputs(FrozenModel):
     """The sealed manifests that a training reads: one dataset, or several."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     pairs: ManifestRef
     """Image pairs."""

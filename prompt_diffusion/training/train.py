@@ -13,6 +13,11 @@ import torch
 from torch import Tensor
 
 from prompt_diffusion.data.shard_cache import ShardCache
+from prompt_diffusion.engine.checkpoint import Progress
+from prompt_diffusion.engine.config import TrainResources
+from prompt_diffusion.engine.distributed import World
+from prompt_diffusion.engine.loop import run_loop
+from prompt_diffusion.engine.objective import LoopPlan, OnStep
 from prompt_diffusion.model.base import Base, load_base
 from prompt_diffusion.model.controlnet import (
     PromptDiffusionControlNet,
@@ -31,16 +36,12 @@ from prompt_diffusion.store.manifest import (
     write_folder,
 )
 from prompt_diffusion.store.storage import join_uri
-from prompt_diffusion.training.checkpoint import Progress
-from prompt_diffusion.training.config import TrainConfig, TrainResources
-from prompt_diffusion.training.loop import run_loop
+from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.loss import InContextObjective, check_recipe
-from prompt_diffusion.training.plan import LoopPlan, OnStep
 from prompt_diffusion.training.preflight import check_base
 from prompt_diffusion.training.samples import open_training_data
 from prompt_diffusion.training.stage import PIPELINE_FOLDER, TrainInputs, identify_train
 from prompt_diffusion.training.validation import Validation
-from prompt_diffusion.training.world import World
 
 logger = logging.getLogger(__name__)
 

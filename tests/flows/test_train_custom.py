@@ -13,13 +13,13 @@ from flows.train import build_custom_overrides, prepare_custom_inputs, train_cus
 from prompt_diffusion.data.ingest import IngestConfig, build_source
 from prompt_diffusion.data.shard_cache import ShardCache
 from prompt_diffusion.data.sources.scenes import ScenesConfig
+from prompt_diffusion.engine.config import TrainResources
+from prompt_diffusion.engine.distributed import World
 from prompt_diffusion.store.manifest import open_manifest
 from prompt_diffusion.store.storage import list_files
-from prompt_diffusion.training.config import TrainResources
 from prompt_diffusion.training.samples import draw_sample, open_training_data
 from prompt_diffusion.training.stage import identify_train
 from prompt_diffusion.training.train import run_train
-from prompt_diffusion.training.world import World
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("in_process")]
 

@@ -92,8 +92,8 @@ def schedule_buffers():
 
 def save_tokenizer(folder):
     """A tokenizer of the tiny text encoder's vocabulary; returns it."""
-    from prompt_diffusion.training import pretrain
-    from prompt_diffusion.training.pretrain_config import PretrainConfig
+    from prompt_diffusion.pretraining import train as pretrain
+    from prompt_diffusion.pretraining.config import PretrainConfig
 
     config = PretrainConfig(text_length=24, vocabulary_size=80)
     tokenizer = pretrain.train_tokenizer(["a red cube on a green floor under a clear sky"], config)

@@ -5,14 +5,15 @@ import torch
 from original_checkpoint import HEADS, build_networks, draw_weights, save_tokenizer, schedule_buffers
 from safetensors.torch import load_file, save_file
 
+from prompt_diffusion.engine.config import OptimizerConfig, TrainResources
+from prompt_diffusion.engine.distributed import World
 from prompt_diffusion.model.load import load_pipeline
 from prompt_diffusion.model.original.convert import import_checkpoint, open_original
 from prompt_diffusion.store.manifest import open_manifest
-from prompt_diffusion.training.config import OptimizerConfig, TrainConfig, TrainResources
+from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.encode import EncodeConfig, run_encode, run_encode_text
 from prompt_diffusion.training.stage import TrainInputs
 from prompt_diffusion.training.train import run_train
-from prompt_diffusion.training.world import World
 
 
 @pytest.fixture(scope="module")

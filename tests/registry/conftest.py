@@ -2,13 +2,14 @@
 
 import pytest
 
+from prompt_diffusion.engine.config import NoiseConfig, TrainResources
+from prompt_diffusion.engine.distributed import World
 from prompt_diffusion.registry import register_model
 from prompt_diffusion.settings import Settings
-from prompt_diffusion.training.config import DropoutConfig, NoiseConfig, SamplingConfig, TrainConfig, TrainResources
+from prompt_diffusion.training.config import DropoutConfig, SamplingConfig, TrainConfig
 from prompt_diffusion.training.encode import EncodeConfig, run_encode, run_encode_text
 from prompt_diffusion.training.stage import TrainInputs
 from prompt_diffusion.training.train import run_train
-from prompt_diffusion.training.world import World
 
 
 @pytest.fixture(scope="session")

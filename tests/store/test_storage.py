@@ -256,7 +256,7 @@ def scripted_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_ScriptedAnswe
     s3fs = pytest.importorskip("s3fs", reason="no S3 client: the package s3fs is not installed")
 
     class Answers(_ScriptedAnswers):
-        script: list[tuple[int, str]] = []  # noqa: RUF012
+        script: list[tuple[int, str]] = []
         stored_bytes = 0
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:

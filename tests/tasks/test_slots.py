@@ -9,7 +9,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.testing.utilities import prefect_test_harness
 
-from prompt_diffusion.training.config import TrainResources
+from prompt_diffusion.engine.config import TrainResources
 from tasks.slots import GPU_LIMIT, occupy_gpus, uses_gpus
 
 FOUR = TrainResources(device="cuda", num_processes=4)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from prompt_diffusion.training.config import DropoutConfig, NoiseConfig, OptimizerConfig, SamplingConfig, TrainConfig
+from prompt_diffusion.engine.config import NoiseConfig, OptimizerConfig
+from prompt_diffusion.training.config import DropoutConfig, SamplingConfig, TrainConfig
 from prompt_diffusion.training.encode import EncodeConfig, run_encode, run_encode_text
 from prompt_diffusion.training.stage import TrainInputs
 

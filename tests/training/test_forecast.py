@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from prompt_diffusion.engine.config import OptimizerConfig, TrainResources
+from prompt_diffusion.engine.optimizer import build_optimizers
 from prompt_diffusion.model.base import load_base
 from prompt_diffusion.presets import demo, paper
-from prompt_diffusion.training.config import OptimizerConfig, TrainResources
 from prompt_diffusion.training.forecast import forecast_training, read_layout
-from prompt_diffusion.training.optimizer import build_optimizers
 from prompt_diffusion.training.train import build_controlnet, select_parameters
 
 

@@ -12,8 +12,8 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.store.manifest import open_manifest
-from prompt_diffusion.training.config import TrainResources
 from prompt_diffusion.training.launch import TimeLimitError, launch_training
 from prompt_diffusion.training.stage import identify_train
 

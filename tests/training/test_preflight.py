@@ -8,11 +8,11 @@ from prompt_diffusion.annotators.base import AnnotateResources
 from prompt_diffusion.annotators.config import AnnotateConfig
 from prompt_diffusion.data.ingest import IngestConfig, run_ingest
 from prompt_diffusion.data.sources.scenes import ScenesConfig
+from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.model.base import load_base
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import open_manifest
 from prompt_diffusion.store.sharded import run_sharded_stage
-from prompt_diffusion.training.config import TrainResources
 from prompt_diffusion.training.encode import EncodeConfig, run_encode
 from prompt_diffusion.training.launch import launch_training
 from prompt_diffusion.training.preflight import check_base, check_gpus, check_training

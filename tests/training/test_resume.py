@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.store.manifest import open_manifest
-from prompt_diffusion.training.config import TrainResources
 from prompt_diffusion.training.launch import LAUNCHER_VARIABLE, TrainSpec
 from prompt_diffusion.training.stage import identify_train
 

@@ -19,6 +19,7 @@ from prompt_diffusion.data.sampler import split_batch
 from prompt_diffusion.data.shard_cache import ShardCache
 from prompt_diffusion.data.sources.scenes import ScenesConfig
 from prompt_diffusion.data.transforms import decode_image, to_model_range
+from prompt_diffusion.engine.noise import draw_timestep, sample_noise
 from prompt_diffusion.model.base import load_base
 from prompt_diffusion.store.manifest import DamagedDataError, open_manifest
 from prompt_diffusion.training.encode import EncodeConfig, run_encode, run_encode_text
@@ -28,9 +29,7 @@ from prompt_diffusion.training.samples import (
     BatchMaker,
     WindowFetcher,
     draw_sample,
-    draw_timestep,
     open_training_data,
-    sample_noise,
 )
 from prompt_diffusion.training.stage import TrainInputs
 from prompt_diffusion.training.train import build_controlnet

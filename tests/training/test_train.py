@@ -7,17 +7,18 @@ import pytest
 import torch
 
 from prompt_diffusion.data.shard_cache import ShardCache
+from prompt_diffusion.engine.config import TrainResources
+from prompt_diffusion.engine.distributed import World
 from prompt_diffusion.model.base import load_base
 from prompt_diffusion.model.load import load_pipeline
 from prompt_diffusion.store.manifest import open_manifest
 from prompt_diffusion.store.storage import read_bytes
-from prompt_diffusion.training.config import TrainConfig, TrainResources
+from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.launch import launch_training
 from prompt_diffusion.training.loss import InContextObjective
 from prompt_diffusion.training.samples import draw_sample, open_training_data
 from prompt_diffusion.training.stage import identify_train
 from prompt_diffusion.training.train import build_controlnet, run_train, select_parameters
-from prompt_diffusion.training.world import World
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ import pytest
 from prompt_diffusion.annotators.annotate import run_annotate
 from prompt_diffusion.annotators.base import AnnotateResources
 from prompt_diffusion.data.ingest import run_ingest
+from prompt_diffusion.engine.config import TrainResources
+from prompt_diffusion.engine.distributed import World
 from prompt_diffusion.presets import RunConfig, demo, smoke
 from prompt_diffusion.store.manifest import open_manifest
-from prompt_diffusion.training.config import TrainResources
 from prompt_diffusion.training.encode import run_encode, run_encode_text
 from prompt_diffusion.training.stage import TrainInputs
 from prompt_diffusion.training.train import run_train
-from prompt_diffusion.training.world import World
 
 TRAJECTORY = Path(__file__).with_name("trajectory.json")
 STEPS, BATCH_SIZE = 20, 8

@@ -4,19 +4,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pydantic import BaseModel, ConfigDict
-
 from prompt_diffusion.data.records import ImagePair, Split
 from prompt_diffusion.data.transforms import decode_image, encode_png, resize_image
+from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.store.fingerprint import compute_digest, write_canonical_json
 from prompt_diffusion.store.manifest import Reject
 from prompt_diffusion.store.storage import list_sizes, read_bytes
 
 
-class SourceOptions(BaseModel):
+class SourceOptions(FrozenModel):
     """What the configurations of all sources share."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     def list_scientific(self) -> dict[str, Any]:
         """Return the fields that shape the samples: all but the place where the source lies."""

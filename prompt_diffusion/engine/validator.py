@@ -7,9 +7,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from prompt_diffusion.training.checkpoint import Progress
-from prompt_diffusion.training.config import TrainResources
-from prompt_diffusion.training.plan import LoopPlan, OnStep, Validate
+from prompt_diffusion.engine.checkpoint import Progress
+from prompt_diffusion.engine.config import TrainResources
+from prompt_diffusion.engine.objective import LoopPlan, OnStep, Validate
 
 
 class Validator:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from prompt_diffusion.training.checkpoint import (
+from prompt_diffusion.engine.checkpoint import (
     AVERAGES_FILE,
     OPTIMIZER_FILE,
     WEIGHTS_FILE,
@@ -20,7 +20,7 @@ from prompt_diffusion.training.checkpoint import (
     flatten_optimizers,
     write_checkpoint,
 )
-from prompt_diffusion.training.config import TrainResources
+from prompt_diffusion.engine.config import TrainResources
 
 logger = logging.getLogger(__name__)
 

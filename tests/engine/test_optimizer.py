@@ -3,8 +3,8 @@ import itertools
 import pytest
 import torch
 
-from prompt_diffusion.training.config import OptimizerConfig
-from prompt_diffusion.training.optimizer import Muon, build_optimizers, learning_rate_factor, orthogonalise
+from prompt_diffusion.engine.config import OptimizerConfig
+from prompt_diffusion.engine.optimizer import Muon, build_optimizers, learning_rate_factor, orthogonalise
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 12, 40), (2, 40, 12)])

@@ -6,7 +6,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from prompt_diffusion.training.config import OptimizerConfig
+from prompt_diffusion.engine.config import OptimizerConfig
 
 Batch = TypeVar("Batch")
 

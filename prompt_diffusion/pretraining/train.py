@@ -13,19 +13,19 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from prompt_diffusion.data.transforms import from_model_range, to_model_range
+from prompt_diffusion.engine.config import TrainResources
+from prompt_diffusion.engine.distributed import World
+from prompt_diffusion.engine.loop import run_loop
+from prompt_diffusion.engine.objective import LoopPlan, OnStep
 from prompt_diffusion.model.base import Base
-from prompt_diffusion.training.config import TrainResources
-from prompt_diffusion.training.loop import run_loop
-from prompt_diffusion.training.plan import LoopPlan, OnStep
-from prompt_diffusion.training.pretrain_config import PretrainConfig
-from prompt_diffusion.training.pretrain_objectives import (
+from prompt_diffusion.pretraining.config import PretrainConfig
+from prompt_diffusion.pretraining.objectives import (
     IMAGE,
     AutoencoderObjective,
     Pictures,
     TextToImageObjective,
     standardise_latents,
 )
-from prompt_diffusion.training.world import World
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _ENCODE_BATCH = 64

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 from prompt_diffusion.data.dataset import InContextData, Side
 from prompt_diffusion.data.records import Split
+from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.model.references import DEMO_BASE_FOLDER
+from prompt_diffusion.pretraining.config import PretrainConfig
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import (
     ManifestRef,
@@ -22,8 +24,6 @@ from prompt_diffusion.store.manifest import (
     write_folder,
 )
 from prompt_diffusion.store.storage import join_uri
-from prompt_diffusion.training.config import TrainResources
-from prompt_diffusion.training.pretrain_config import PretrainConfig
 
 if TYPE_CHECKING:
     from prompt_diffusion.model.base import Base
@@ -80,8 +80,8 @@ def run_pretrain(
     sealed = find_sealed(identity, store_root)
     if sealed is not None:
         return sealed
-    from prompt_diffusion.training.pretrain import pretrain_base
-    from prompt_diffusion.training.world import join_world
+    from prompt_diffusion.engine.distributed import join_world
+    from prompt_diffusion.pretraining.train import pretrain_base
 
     by_kind, captions = read_pictures(pairs, maps, "train")
     with join_world("cpu", resources.threads_per_process) as world:
@@ -115,7 +115,7 @@ def write_base(
     """Write a base as it is shipped: float16 safetensors, its configuration, and a model card with measured scores."""
     import torch
 
-    from prompt_diffusion.training.pretrain import compute_denoising_loss, compute_psnr
+    from prompt_diffusion.pretraining.train import compute_denoising_loss, compute_psnr
 
     psnr = {kind: compute_psnr(base.vae, images) for kind, images in held_out.items()}
     loss = compute_denoising_loss(base, config, held_out["image"], captions)

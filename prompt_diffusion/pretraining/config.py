@@ -1,8 +1,9 @@
 """What the pre-training of the demo's base is. The base is to the demo what SD v1.5 is to the paper."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from prompt_diffusion.training.config import NoiseConfig, OptimizerConfig
+from prompt_diffusion.engine.config import NoiseConfig, OptimizerConfig
+from prompt_diffusion.frozen import FrozenModel
 
 _SHORT_BUDGET = OptimizerConfig(
     name="muon",
@@ -16,10 +17,8 @@ _SHORT_BUDGET = OptimizerConfig(
 )
 
 
-class PretrainConfig(BaseModel):
+class PretrainConfig(FrozenModel):
     """Architecture and recipe of the demo's base: autoencoder, tokenizer, text encoder and UNet."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     image_size: int = 64
     """Pixels along a side."""

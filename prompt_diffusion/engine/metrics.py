@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from prompt_diffusion.training.checkpoint import Progress
-from prompt_diffusion.training.config import TrainResources
-from prompt_diffusion.training.optimizer import learning_rate_factor
-from prompt_diffusion.training.plan import LoopPlan, Objective, OnStep
-from prompt_diffusion.training.world import World
+from prompt_diffusion.engine.checkpoint import Progress
+from prompt_diffusion.engine.config import TrainResources
+from prompt_diffusion.engine.distributed import World
+from prompt_diffusion.engine.objective import LoopPlan, Objective, OnStep
+from prompt_diffusion.engine.optimizer import learning_rate_factor
 
 
 class Meter:

@@ -7,9 +7,9 @@ from types import TracebackType
 from typing import Generic, Self, cast
 
 from prompt_diffusion.data.sampler import split_batch
+from prompt_diffusion.engine.distributed import World
+from prompt_diffusion.engine.objective import Batch
 from prompt_diffusion.store.concurrency import map_ahead
-from prompt_diffusion.training.plan import Batch
-from prompt_diffusion.training.world import World
 
 _MORE_THAN_THREADS = 2
 """Micro-batches beside those that the threads are at: one that the device computes with, one that waits for it."""

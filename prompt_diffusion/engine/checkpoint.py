@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
+from prompt_diffusion.engine.config import OptimizerConfig
+from prompt_diffusion.engine.optimizer import estimate_state_bytes
 from prompt_diffusion.store import storage
-from prompt_diffusion.training.config import OptimizerConfig
-from prompt_diffusion.training.optimizer import estimate_state_bytes
 
 logger = logging.getLogger(__name__)
 

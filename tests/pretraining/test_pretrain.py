@@ -1,9 +1,9 @@
 import numpy as np
 import torch
 
-from prompt_diffusion.training.pretrain import build_vae, encode_pictures, train_tokenizer
-from prompt_diffusion.training.pretrain_config import PretrainConfig
-from prompt_diffusion.training.pretrain_objectives import standardise_latents
+from prompt_diffusion.pretraining.config import PretrainConfig
+from prompt_diffusion.pretraining.objectives import standardise_latents
+from prompt_diffusion.pretraining.train import build_vae, encode_pictures, train_tokenizer
 
 
 def test_standardised_latents_are_standard_and_decode_to_the_same_pictures():

@@ -13,15 +13,15 @@ import torch
 from torch.multiprocessing.spawn import spawn
 
 from prompt_diffusion.data.sampler import split_batch
+from prompt_diffusion.engine import distributed as world_module
+from prompt_diffusion.engine.checkpoint import Progress, list_checkpoints
+from prompt_diffusion.engine.config import OptimizerConfig, TrainResources
+from prompt_diffusion.engine.distributed import ALONE, World, join_world
+from prompt_diffusion.engine.loop import Stopped, choose_device_batch, run_loop
+from prompt_diffusion.engine.metrics import count_flop
+from prompt_diffusion.engine.objective import LoopPlan
+from prompt_diffusion.engine.prefetch import Feed
 from prompt_diffusion.store.storage import join_uri
-from prompt_diffusion.training import world as world_module
-from prompt_diffusion.training.checkpoint import Progress, list_checkpoints
-from prompt_diffusion.training.config import OptimizerConfig, TrainResources
-from prompt_diffusion.training.feed import Feed
-from prompt_diffusion.training.loop import Stopped, choose_device_batch, run_loop
-from prompt_diffusion.training.meter import count_flop
-from prompt_diffusion.training.plan import LoopPlan
-from prompt_diffusion.training.world import ALONE, World, join_world
 
 BATCH_SIZE = 8
 
@@ -433,7 +433,7 @@ def test_two_processes_one_and_two_again_see_one_stream_and_lose_nothing(tmp_pat
 
 def test_min_snr_weights_by_hand():
     # here, for the processes that this module starts need not load diffusers
-    from prompt_diffusion.training.loss import weigh_by_snr
+    from prompt_diffusion.engine.noise import weigh_by_snr
 
     alphas = torch.tensor([0.9, 0.5, 0.0])  # signal-to-noise ratios 9, 1, 0
     steps = torch.tensor([0, 1, 2])

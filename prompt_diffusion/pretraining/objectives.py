@@ -13,8 +13,8 @@ from transformers import CLIPTextModel
 
 from prompt_diffusion.data.sampler import RowOrder, sample_generator
 from prompt_diffusion.data.transforms import to_model_range
-from prompt_diffusion.training.config import NoiseConfig
-from prompt_diffusion.training.samples import draw_timestep, sample_noise
+from prompt_diffusion.engine.config import NoiseConfig
+from prompt_diffusion.engine.noise import draw_timestep, sample_noise
 
 IMAGE = "image"
 

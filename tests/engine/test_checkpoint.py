@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prompt_diffusion.store import storage
-from prompt_diffusion.training.checkpoint import (
+from prompt_diffusion.engine.checkpoint import (
     Progress,
     check_room,
     choose_kept,
@@ -23,12 +22,13 @@ from prompt_diffusion.training.checkpoint import (
     list_checkpoints,
     restore_checkpoint,
 )
-from prompt_diffusion.training.checkpoint_writer import CheckpointWriter
-from prompt_diffusion.training.config import OptimizerConfig, TrainResources
-from prompt_diffusion.training.loop import run_loop
-from prompt_diffusion.training.optimizer import build_optimizers
-from prompt_diffusion.training.plan import LoopPlan
-from prompt_diffusion.training.world import ALONE
+from prompt_diffusion.engine.checkpoint_writer import CheckpointWriter
+from prompt_diffusion.engine.config import OptimizerConfig, TrainResources
+from prompt_diffusion.engine.distributed import ALONE
+from prompt_diffusion.engine.loop import run_loop
+from prompt_diffusion.engine.objective import LoopPlan
+from prompt_diffusion.engine.optimizer import build_optimizers
+from prompt_diffusion.store import storage
 
 NUM_STEPS = 6
 

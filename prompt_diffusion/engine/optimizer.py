@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from prompt_diffusion.training.config import OptimizerConfig
-from prompt_diffusion.training.world import ALONE, World
+from prompt_diffusion.engine.config import OptimizerConfig
+from prompt_diffusion.engine.distributed import ALONE, World
 
 # Quintic Newton-Schulz coefficients and five iterations: Jordan et al., "Muon" (2024), the values torch.optim.Muon has.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)

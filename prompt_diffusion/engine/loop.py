@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prompt_diffusion.training.checkpoint import Progress, check_room, estimate_checkpoint_bytes, restore_checkpoint
-from prompt_diffusion.training.checkpoint_writer import CheckpointWriter
-from prompt_diffusion.training.config import TrainResources
-from prompt_diffusion.training.feed import Feed
-from prompt_diffusion.training.meter import Meter
-from prompt_diffusion.training.optimizer import build_optimizers, learning_rate_factor, set_learning_rates
-from prompt_diffusion.training.plan import Batch, LoopPlan, Objective, OnStep, Validate
-from prompt_diffusion.training.validator import Validator
-from prompt_diffusion.training.world import World
+from prompt_diffusion.engine.checkpoint import Progress, check_room, estimate_checkpoint_bytes, restore_checkpoint
+from prompt_diffusion.engine.checkpoint_writer import CheckpointWriter
+from prompt_diffusion.engine.config import TrainResources
+from prompt_diffusion.engine.distributed import World
+from prompt_diffusion.engine.metrics import Meter
+from prompt_diffusion.engine.objective import Batch, LoopPlan, Objective, OnStep, Validate
+from prompt_diffusion.engine.optimizer import build_optimizers, learning_rate_factor, set_learning_rates
+from prompt_diffusion.engine.prefetch import Feed
+from prompt_diffusion.engine.validator import Validator
 
 logger = logging.getLogger(__name__)
 
