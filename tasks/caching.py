@@ -17,6 +17,7 @@ from prefect.context import TaskRunContext
 
 from prompt_diffusion.store.fingerprint import StageIdentity, compute_digest
 from prompt_diffusion.store.manifest import is_sealed
+from tasks.plain_errors import USER_MISTAKES
 
 DAY_SECONDS = 24 * 3600
 
@@ -63,8 +64,8 @@ class StageOptions(TypedDict):
 
 
 def is_transient(stage: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    """Say whether a retry can help: not with a user's mistake or damaged data, which are ValueErrors and stay so."""
-    return not isinstance(state.result(raise_on_failure=False), ValueError)
+    """Say whether a retry can help: not with a user's mistake or damaged data, which stay so."""
+    return not isinstance(state.result(raise_on_failure=False), USER_MISTAKES)
 
 
 def build_stage_options(

@@ -1,12 +1,13 @@
 """What an annotator is: a batch of photographs in, a batch of condition maps out, and a version that says which."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from prompt_diffusion.annotators.weights import PublishedWeights
 from prompt_diffusion.frozen import FrozenModel
@@ -52,6 +53,13 @@ class AnnotateResources(FrozenModel):
     the installed packages or on the hub."""
     weights_mirror: str | None = None
     """The folder that `prompt-diffusion weights mirror` fills; None stands for `weights/` in the store."""
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:[0-9]+)?", device):
+            raise ValueError(f"unknown device {device!r}: use cpu, cuda, cuda:1, mps, or auto")
+        return device
 
 
 Builder = Callable[["AnnotatorSpec", str, AnnotateResources], Annotator]

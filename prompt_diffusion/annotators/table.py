@@ -61,4 +61,12 @@ def _settle_device(spec: AnnotatorSpec, device: str) -> str:
         return "cuda" if has_gpu else "cpu"
     if device.startswith("cuda") and not has_gpu:
         raise ValueError(f"device {device!r} was asked for and this machine has no usable GPU: use 'cpu' or 'auto'")
+    try:
+        torch.empty(0, device=device)
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # a GPU's number that is not there, a kind that torch was not built for
+        reason = str(error).partition(". ")[0]
+        raise ValueError(f"device {device!r} cannot be used on this machine: {reason}") from error
     return device

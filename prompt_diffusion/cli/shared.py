@@ -1,5 +1,6 @@
 """What all commands share: how they fail, where the store is, and how a preset is changed."""
 
+import ast
 import json
 import sys
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from functools import wraps
 from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
+from pydantic import ValidationError
 
 USER_ERROR = 2
 STOPPED = 130
@@ -30,9 +32,22 @@ def parse_overrides(texts: list[str]) -> dict[str, Any]:
             raise ValueError(f"--set takes KEY=VALUE, such as train.num_steps=100, got {text!r}")
         try:
             overrides[key] = json.loads(value)
-        except json.JSONDecodeError:
+        except json.JSONDecodeError as error:
+            if value.lstrip()[:1] in ("{", "[", '"', "'"):
+                raise ValueError(
+                    f"--set {key}: {value!r} is not JSON ({error.msg} at letter {error.pos + 1}): write double quotes inside "
+                    f"and single quotes around it, --set '{key}={_requote(value)}'"
+                ) from None
             overrides[key] = value
     return overrides
+
+
+def _requote(value: str) -> str:
+    """Return what was meant where a value is a Python literal, else the value."""
+    try:
+        return json.dumps(ast.literal_eval(value))
+    except (ValueError, SyntaxError, TypeError, RecursionError):
+        return value
 
 
 def say_errors(command: Callable[P, R]) -> Callable[P, R]:
@@ -42,6 +57,12 @@ def say_errors(command: Callable[P, R]) -> Callable[P, R]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(str(part) for part in first["loc"]) or error.title
+            message = first["msg"].removeprefix("Value error, ")
+            print(f"prompt-diffusion: {place}: {message}, got {first['input']!r}", file=sys.stderr)
+            raise typer.Exit(USER_ERROR) from None
         except (ValueError, OSError) as error:
             print(f"prompt-diffusion: {error}", file=sys.stderr)
             raise typer.Exit(USER_ERROR) from None

@@ -9,6 +9,7 @@ from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.vision_tasks import VISION_TASKS, ExamplePolicy, find_vision_task
 
 Fraction = float
+Draw = Literal["row", "group"]
 
 
 class DropoutConfig(FrozenModel):
@@ -50,6 +51,9 @@ class TrainConfig(FrozenModel):
     """Prompt Diffusion, or the task-specific baseline CN(FT): the same loop with the query alone."""
     vision_tasks: tuple[str, ...] = tuple(VISION_TASKS)
     """Vision tasks, drawn uniformly."""
+    draw: Draw = "row"
+    """What an epoch visits once: every row, or every prompt group by one of its rows, drawn anew each epoch (as published);
+    by row, a group of four pairs counts four times a group of one."""
     image_to_map_examples: dict[ExamplePolicy, float] = {"same_group": 1.0}
     """Where the example pair of an image-to-map sample comes from: policies with their shares."""
     map_to_image_examples: dict[ExamplePolicy, float] = {"same_group": 1.0}
