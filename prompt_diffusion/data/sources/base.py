@@ -94,10 +94,12 @@ def load_picture(data: bytes, image_size: int | None, white: int = WHITE_16_BIT)
 
 
 def locate(root: str, name: str) -> str:
-    """Return where a file of a source lies; ValueError for a name that leads out of a bucket or server.
+    """Return where a file of a source lies; ValueError for an address, and a name that leads out of a bucket.
 
     A local `..` is the operating system's to follow, through links; elsewhere it is a matter of names alone.
     """
+    if "://" in name:
+        raise ValueError(f"{name} is an address: names are relative to {root}")
     uri = join_uri(root, name)
     if local_path(uri) is not None or ".." not in name.split("/"):
         return uri
@@ -170,7 +172,7 @@ def write_safely(text: str) -> str:
 
 def _explain_missing(root: str, name: str) -> str:
     """Return what is likely to be wrong with the name of a file that is not there; "" where nothing is seen."""
-    if re.match(r"[A-Za-z]:[\\/]|/|[a-z0-9]+://", name):
+    if re.match(r"[A-Za-z]:[\\/]|/", name):
         return f": names are relative to {root}"
     if "\\" in name:
         return ": write / between folders, not \\"
