@@ -38,6 +38,7 @@ def test_every_preset_survives_a_round_trip_through_json(name):
 
 def test_paper_has_the_published_values():
     train, evaluate = build_preset("paper").train, build_preset("paper").evaluate
+    assert train.draw == "group"
     assert (train.batch_size, train.num_steps, train.optimizer.name, train.optimizer.learning_rate) == (
         512,
         5000,
