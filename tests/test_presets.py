@@ -64,7 +64,9 @@ def test_paper_has_the_published_values():
 
 def test_papers_one_departure_in_training_is_its_precision_and_a_field_takes_it_back():
     plain = TrainConfig(
-        base=build_preset("paper").train.base, sampling=SamplingConfig(num_inference_steps=100, guidance_scale=9.0)
+        base=build_preset("paper").train.base,
+        draw="group",
+        sampling=SamplingConfig(num_inference_steps=100, guidance_scale=9.0),
     )
     assert build_preset("paper").train == plain.model_copy(update={"precision": "bfloat16"})
     assert build_preset("paper", {"train.precision": "float32"}).train == plain

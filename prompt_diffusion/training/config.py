@@ -38,7 +38,8 @@ class SamplingConfig(FrozenModel):
 
 
 class TrainConfig(FrozenModel):
-    """The recipe of one training; the defaults are the published facts (see ``presets.paper`` for their sources)."""
+    """The recipe of one training; the defaults are the published facts (see ``presets.paper`` for their sources), but for ``draw``
+    and ``sampling``."""
 
     base: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     """Base model: ``demo-base``, a folder in diffusers' layout, a hub's repository (``name`` or ``name@revision``), or a
