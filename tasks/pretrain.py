@@ -1,10 +1,9 @@
 """Pre-training of the demo's base, as a task."""
 
-from typing import Any
-
 from prefect import task
 
 from prompt_diffusion.engine.config import TrainResources
+from prompt_diffusion.engine.events import Event
 from prompt_diffusion.pretraining.config import PretrainConfig
 from prompt_diffusion.pretraining.stage import identify_pretrain, install_base, run_pretrain
 from prompt_diffusion.store.manifest import ManifestRef
@@ -19,7 +18,7 @@ def pretrain(
     """Train autoencoder, text encoder and UNet from scratch, or go on with them from the last checkpoint."""
     listeners = {phase: log_training(phase) for phase in ("vae", "unet")}
 
-    def report(phase: str, event: dict[str, Any]) -> None:
+    def report(phase: str, event: Event) -> None:
         listeners[phase](event)
 
     return run_pretrain(config, pairs, maps, store, resources, on_event=report)

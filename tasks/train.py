@@ -9,6 +9,7 @@ from prefect import Task, task
 from prefect.client.schemas.objects import State, TaskRun
 
 from prompt_diffusion.engine.config import TrainResources
+from prompt_diffusion.engine.events import Event
 from prompt_diffusion.registry import RunTracker
 from prompt_diffusion.settings import load_settings
 from prompt_diffusion.store.manifest import ManifestRef, find_sealed
@@ -86,7 +87,7 @@ def train(config: TrainConfig, inputs: TrainInputs, store: str, resources: Train
     changed = flatten({"resources": resources.model_dump(mode="json", exclude_defaults=True)})
     with RunTracker(load_settings(), name, identity, changed) as tracker:
 
-        def report(event: dict[str, Any]) -> None:
+        def report(event: Event) -> None:
             if _STOP_REQUESTED.is_set():
                 raise TrainingStoppedError(
                     f"{name} was stopped: run the same command to go on from its last checkpoint"

@@ -4,7 +4,7 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from prompt_diffusion.data.dataset import InContextData, Side
 from prompt_diffusion.data.records import Split
 from prompt_diffusion.engine.config import TrainResources
+from prompt_diffusion.engine.events import Event
 from prompt_diffusion.model.references import DEMO_BASE_FOLDER
 from prompt_diffusion.pretraining.config import PretrainConfig
 from prompt_diffusion.store.fingerprint import StageIdentity
@@ -69,7 +70,7 @@ def run_pretrain(
     maps: Mapping[str, ManifestRef],
     store_root: str,
     resources: TrainResources,
-    on_event: Callable[[str, dict[str, Any]], None] | None = None,
+    on_event: Callable[[str, Event], None] | None = None,
 ) -> ManifestRef:
     """Train the base on the train split, in this process, resuming from checkpoints; score it on validation; seal it.
 

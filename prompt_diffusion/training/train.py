@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +15,9 @@ from prompt_diffusion.data.shard_cache import ShardCache
 from prompt_diffusion.engine.checkpoint import Progress
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.engine.distributed import World
+from prompt_diffusion.engine.events import OnEvent
 from prompt_diffusion.engine.loop import run_loop
-from prompt_diffusion.engine.objective import LoopPlan, OnStep
+from prompt_diffusion.engine.objective import LoopPlan
 from prompt_diffusion.model.base import Base, load_base
 from prompt_diffusion.model.controlnet import (
     PromptDiffusionControlNet,
@@ -41,9 +41,7 @@ from prompt_diffusion.training.loss import InContextObjective, check_recipe
 from prompt_diffusion.training.preflight import check_base
 from prompt_diffusion.training.samples import open_training_data
 from prompt_diffusion.training.stage import PIPELINE_FOLDER, TrainInputs, identify_train
-from prompt_diffusion.training.validation import Validation
-
-logger = logging.getLogger(__name__)
+from prompt_diffusion.training.validation import InContextValidator
 
 
 def run_train(
@@ -52,7 +50,7 @@ def run_train(
     store_root: str,
     resources: TrainResources,
     world: World,
-    on_step: OnStep | None = None,
+    on_event: OnEvent | None = None,
 ) -> ManifestRef | None:
     """Train to the last step, resuming from the newest checkpoint, and seal; every process of the world calls it.
 
@@ -66,15 +64,17 @@ def run_train(
     base = load_base(config.base)
     check_recipe(config, base)
     check_base(config, base, inputs)
-    if on_step is not None and world.is_main:
-        on_step({"hardware": world.describe()})
+    if on_event is not None and world.is_main:
+        on_event(world.describe_hardware())
     cache = ShardCache(resources.cache_dir, resources.cache_bytes)
     data, held_out = (open_training_data(config, inputs, cache, split) for split in ("train", "validation"))
     controlnet = build_controlnet(config, base)
     place_networks(base, controlnet, world.device, resources)
     parameters = select_parameters(config, base, controlnet)
     objective = InContextObjective(config, base, controlnet, data, world.device, resources.loader_threads)
-    validation = Validation(config, base, controlnet, held_out, world.device, identity.uri(store_root), on_step)
+    validation = InContextValidator(
+        config, base, controlnet, held_out, world.device, identity.uri(store_root), on_event
+    )
     try:
         progress = run_loop(
             objective,
@@ -84,7 +84,7 @@ def run_train(
             ),
             resources,
             world,
-            on_step,
+            on_event,
             validation,
         )
     finally:

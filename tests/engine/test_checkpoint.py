@@ -8,8 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,11 +22,9 @@ from prompt_diffusion.engine.checkpoint import (
 )
 from prompt_diffusion.engine.checkpoint_writer import CheckpointWriter
 from prompt_diffusion.engine.config import OptimizerConfig, TrainResources
-from prompt_diffusion.engine.distributed import ALONE
-from prompt_diffusion.engine.loop import run_loop
-from prompt_diffusion.engine.objective import LoopPlan
 from prompt_diffusion.engine.optimizer import build_optimizers
 from prompt_diffusion.store import storage
+from tests.engine.objectives import Line, run_line
 
 NUM_STEPS = 6
 
@@ -71,7 +67,7 @@ class Model:
         }
         self.config = OptimizerConfig(name=name, ema_decay=0.9)
         self.optimizers = build_optimizers(self.parameters, self.config)
-        self.averages = {key: p.detach().clone() for key, p in self.parameters.items()}
+        self.ema = {key: p.detach().clone() for key, p in self.parameters.items()}
         self.step()
 
     def step(self) -> None:
@@ -81,10 +77,10 @@ class Model:
             optimizer.step()
 
     def save(self, writer: CheckpointWriter, progress: Progress) -> None:
-        writer.save(self.parameters, self.optimizers, progress, self.averages)
+        writer.save(self.parameters, self.optimizers, progress, self.ema)
 
     def restore(self, folder: str) -> Progress:
-        return restore_checkpoint(folder, self.parameters, self.optimizers, self.averages)
+        return restore_checkpoint(folder, self.parameters, self.optimizers, self.ema)
 
 
 def write_run(folder: str, steps: range, validations: dict[int, float]) -> Progress:
@@ -132,31 +128,26 @@ def test_what_is_written_is_the_state_of_the_moment_of_saving(tmp_path):
     assert all(torch.equal(restored.parameters[name], value) for name, value in before.items())
 
 
+def test_a_checkpoint_of_an_earlier_version_still_gives_its_ema(tmp_path):
+    """Its name used to be ``averages.safetensors``."""
+    folder, model = tmp_path / "step-00000001", Model()
+    for ema in model.ema.values():
+        ema.fill_(3.0)
+    with CheckpointWriter(str(tmp_path), 10, TrainResources()) as writer:
+        model.save(writer, Progress(step=1))
+    (folder / "ema.safetensors").rename(folder / "averages.safetensors")
+    state = json.loads((folder / "state.json").read_text())
+    state["digests"]["averages.safetensors"] = state["digests"].pop("ema.safetensors")
+    (folder / "state.json").write_text(json.dumps(state))
+    restored = Model()
+    assert restored.restore(str(tmp_path)) == Progress(step=1)
+    assert all(torch.equal(ema, torch.full_like(ema, 3.0)) for ema in restored.ema.values())
+
+
 def test_other_weights_than_the_models_are_refused(tmp_path):
     write_run(str(tmp_path), range(1, 2), {})
     with pytest.raises(ValueError, match=r"step-00000001 holds other weights than this model trains"):
         Model(size=5).restore(str(tmp_path))
-
-
-class Line:
-    """Each sample pulls the weights by one."""
-
-    labels = ("line",)
-
-    def __init__(self, size: int = 3) -> None:
-        self.weight = torch.nn.Parameter(torch.zeros(size))
-
-    def prepare(self, indices: range):
-        return indices
-
-    def compute_losses(self, batch):
-        return self.weight.sum().expand(len(batch)), [0] * len(batch)
-
-
-def run_line(folder: Path, line: Line, num_steps: int, every: float = 1e-9) -> Progress:
-    plan = LoopPlan(num_steps, 2, OptimizerConfig(learning_rate=0.1), str(folder))
-    resources = TrainResources(checkpoint_every_seconds=every)
-    return run_loop(line, {"weight": line.weight}, plan, resources, ALONE)
 
 
 def test_an_error_of_the_writer_ends_the_run(tmp_path):
@@ -184,52 +175,43 @@ def test_the_error_that_ends_a_run_is_not_hidden_by_the_writers(tmp_path, caplog
     assert "the last checkpoint could not be written" in caplog.text
 
 
-_LONG_WRITES = """
-import sys
+_KILLED_WHILE_WRITING = """
+import os, signal, sys
 from pathlib import Path
-from tests.training.test_checkpoint import Line, run_line
-run_line(Path(sys.argv[1]), Line(6_000_000), num_steps=1_000_000)
+from prompt_diffusion.engine import checkpoint
+from tests.engine.objectives import Line, run_line
+
+write, num_written = checkpoint._write_tensors, 0
+
+def write_until_killed(uri, tensors):
+    global num_written
+    num_written += uri.endswith("optimizer.safetensors")
+    if num_written == 3:
+        Path(uri).write_bytes(b"half of a file")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(uri, tensors)
+
+checkpoint._write_tensors = write_until_killed
+run_line(Path(sys.argv[1]), Line(), num_steps=1_000_000)
 """
 
 
-def test_a_kill_in_the_middle_of_an_upload_leaves_the_checkpoint_before_it(tmp_path):
-    """24 MB of weights are on the disk, their 48 MB of optimizer state and the seal are not yet."""
-    child = subprocess.Popen([sys.executable, "-c", _LONG_WRITES, str(tmp_path)])
-    try:
-        for newest in _watch(tmp_path, child):
-            if len(list_checkpoints(str(tmp_path))) < 2 or not (newest / "weights.safetensors").exists():
-                continue
-            child.send_signal(signal.SIGSTOP)
-            time.sleep(0.1)  # until all its threads have stopped
-            if not (newest / "state.json").exists():
-                break
-            child.send_signal(signal.SIGCONT)  # that upload was over in the meantime: wait for the next one
-    finally:
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-    assert (newest / "weights.safetensors").exists()
-    assert not (newest / "state.json").exists(), "the upload was over before the kill"
-    whole = list_checkpoints(str(tmp_path))[-1]
-    line = Line(6_000_000)
-    last = int(whole.removeprefix("step-"))
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before_it(tmp_path):
+    """The third checkpoint has its weights and half of its optimizer state when the process is killed."""
+    killed = subprocess.run([sys.executable, "-c", _KILLED_WHILE_WRITING, str(tmp_path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    *whole, broken = sorted(path.name for path in tmp_path.iterdir())
+    assert list_checkpoints(str(tmp_path)) == whole
+    assert len(whole) == 2
+    assert (tmp_path / broken / "weights.safetensors").exists()
+    line, last = Line(), int(whole[-1].removeprefix("step-"))
     assert run_line(tmp_path, line, num_steps=last).step == last
-    again = Line(6_000_000)
+    again = Line()
     (optimizer,) = build_optimizers({"weight": again.weight}, OptimizerConfig(learning_rate=0.1))
     for _ in range(last):
         again.weight.grad = torch.ones_like(again.weight)
         optimizer.step()
     assert torch.equal(line.weight, again.weight)
-
-
-def _watch(folder: Path, child: subprocess.Popen):
-    """Yield, again and again, the newest folder without a seal for as long as the child lives."""
-    deadline = time.monotonic() + 120
-    while child.poll() is None and time.monotonic() < deadline:
-        open_ones = [path for path in folder.glob("step-*") if not (path / "state.json").exists()]
-        if open_ones:
-            yield max(open_ones)
-        time.sleep(0.001)
-    raise AssertionError("the child never was in the middle of an upload")
 
 
 def test_the_estimate_is_what_a_checkpoint_takes(tmp_path):
@@ -267,7 +249,7 @@ def test_a_slow_store_delays_checkpoints_and_not_the_training(tmp_path):
     os.mkfifo(pipe)
     with CheckpointWriter(folder, 10, resources) as writer:
         assert writer.is_due
-        writer._under_way = writer._pool.submit(pipe.read_text)
+        writer._pending = writer._pool.submit(pipe.read_text)
         assert not writer.is_due
         pipe.write_text("the store answers")
         writer.wait()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from prompt_diffusion.engine.events import GridEvent, HardwareEvent, LaunchEvent, StepEvent, ValidationEvent
 from prompt_diffusion.settings import Settings
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import ManifestRef, seal_manifest, write_file
@@ -65,21 +66,21 @@ def model(identity: StageIdentity, tmp_path: Path) -> ManifestRef:
     return seal_manifest(identity, store, files, counts={"steps": 9})
 
 
-def make_event(step: int, loss: float | None = None) -> dict[str, Any]:
-    return {
-        "step": step,
-        "num_steps": 9,
-        "loss": float(step) if loss is None else loss,
-        "losses": {"image_to_hed": 0.25 * step},
-        "gradient_norm": 2.0,
-        "num_skipped": 0,
-        "learning_rate_factor": 0.5,
-        "samples_per_second": 3.0,
-        "eta_seconds": 1.0,
-        "device_memory_bytes": 2_500_000_000,
-        "model_flops_per_second": None,
-        "gigaflop_per_sample": 618.0,
-    }
+def make_event(step: int, loss: float | None = None) -> StepEvent:
+    return StepEvent(
+        step=step,
+        num_steps=9,
+        loss=float(step) if loss is None else loss,
+        losses={"image_to_hed": 0.25 * step},
+        gradient_norm=2.0,
+        learning_rate_factor=0.5,
+        num_skipped=0,
+        samples_per_second=3.0,
+        eta_seconds=1.0,
+        device_memory_bytes=2_500_000_000,
+        gigaflop_per_sample=618.0,
+        model_flops_per_second=None,
+    )
 
 
 def find_runs(settings: Settings, identity: StageIdentity) -> list[Any]:
@@ -100,19 +101,21 @@ def read_history(settings: Settings, identity: StageIdentity, key: str = "loss")
     return [(point.step, point.value) for point in connect(settings).get_metric_history(run.info.run_id, key)]
 
 
-def test_a_run_says_what_is_trained_from_what_on_what(
+def test_a_run_has_the_trainings_configuration_inputs_hardware_and_metrics(
     settings: Settings, identity: StageIdentity, model: ManifestRef, tmp_path: Path
 ) -> None:
-    hardware = {"device": "NVIDIA H100", "num_processes": 8, "cpu_count": 16, "memory_gigabytes": 128.0}
+    hardware = HardwareEvent(
+        device="NVIDIA H100", num_processes=8, threads_per_process=2, cpu_cores=16, memory_gigabytes=128.0
+    )
     grid = tmp_path / "grid.png"
     grid.write_bytes(PNG)
     with RunTracker(settings, "Prompt Diffusion", identity, {"resources.compile": "True"}) as tracker:
-        tracker.log_event({"hardware": hardware})
-        tracker.log_event({"command": "python -m prompt_diffusion.training.run run.json"})
+        tracker.log_event(hardware)
+        tracker.log_event(LaunchEvent(command="python -m prompt_diffusion.training.run run.json"))
         tracker.log_event(make_event(1))
         tracker.log_event(make_event(2, loss=float("nan")))
-        validation = {"step": 2, "num_steps": 9, "validation_loss": 0.75, "is_best": True, "grid_uri": str(grid)}
-        tracker.log_event(validation)
+        tracker.log_event(GridEvent(step=2, num_steps=9, uri=str(grid)))
+        tracker.log_event(ValidationEvent(step=2, num_steps=9, loss=0.75, is_best=True))
         grid.unlink()
         tracker.finish(model)
     run = read_run(settings, identity)
@@ -129,6 +132,7 @@ def test_a_run_says_what_is_trained_from_what_on_what(
     assert datasets == {"pairs": "1" * 32, "maps/depth": "2" * 32}
     expected = {"fingerprint": identity.fingerprint}
     expected |= {"hardware.device": "NVIDIA H100", "hardware.num_processes": "8", "resources.compile": "True"}
+    expected |= {"hardware.threads_per_process": "2", "hardware.cpu_cores": "16", "hardware.memory_gigabytes": "128.0"}
     expected |= {"command": "python -m prompt_diffusion.training.run run.json", "best_step": "2"}
     expected |= {"gigaflop_per_sample": "618.0", "version.python": sys.version.split()[0]}
     assert run.data.tags.items() >= expected.items()
@@ -234,7 +238,7 @@ from pathlib import Path
 from prompt_diffusion.settings import Settings
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.tracking.tracker import RunTracker
-from tests.test_tracking import DEAD_URI, make_event
+from tests.tracking.test_tracker import DEAD_URI, make_event
 
 identity = StageIdentity.model_validate_json(sys.argv[1])
 tracker = RunTracker(Settings(tracking_uri=DEAD_URI, cache_dir=Path(sys.argv[2])), "dies", identity)
