@@ -93,7 +93,7 @@ def log_training(name: str) -> OnEvent:
         if now - last_step_line >= _SECONDS_BETWEEN_LINES or is_last:
             last_step_line = now
             line = describe(event)
-            logger.info("%s: %s %s", name, draw_bar(event.step, event.num_steps), line)
+            logger.info("%s %s %s", name, draw_bar(event.step, event.num_steps), line)
             show_bar(100.0 * event.step / event.num_steps, f"{name}: {line}")
         if len(losses) > 1 and (now - last_losses_line >= _SECONDS_BETWEEN_LOSSES or is_last):
             last_losses_line = now

@@ -160,7 +160,7 @@ def _describe_step(event: StepEvent) -> str:
     parts = [
         _describe_position(event),
         f"loss {event.loss:.4f}",
-        f"gradient norm {event.gradient_norm:.3g}",
+        f"grad norm {event.gradient_norm:.3g}",
         f"{event.samples_per_second:.1f} samples/s",
         f"{event.device_memory_bytes / 1e9:.1f} GB",
     ]

@@ -81,11 +81,9 @@ def test_a_diverging_step_comes_through_json_too():
 
 def test_a_steps_line_fits_a_terminal_and_leaves_out_what_is_not_known():
     full = describe(STEP)
-    expected = (
-        "step 1250 of 5000, loss 0.1235, gradient norm 0.561, 512.3 samples/s, 61.2 GB, 316 TFLOP/s, 2:03:04 left"
-    )
+    expected = "step 1250 of 5000, loss 0.1235, grad norm 0.561, 512.3 samples/s, 61.2 GB, 316 TFLOP/s, 2:03:04 left"
     assert full == expected
-    assert len(f"Prompt Diffusion: [##........] {full}") <= 130
+    assert len(f"Prompt Diffusion [##........] {full}") <= 130
     assert "45 GFLOP/s" in describe(STEP.model_copy(update={"model_flops_per_second": 45.2e9}))
     bare = describe(STEP.model_copy(update={"model_flops_per_second": None, "num_skipped": 2}))
     assert bare == expected.replace("316 TFLOP/s", "2 skipped")

@@ -93,10 +93,10 @@ def test_events_are_logged_a_step_only_now_and_then_and_the_bar_follows_the_step
             report(event)
     assert [record.message for record in caplog.records] == [
         f"joint: {describe(events[0])}",
-        f"joint: [##........] {describe(events[1])}",
+        f"joint [##........] {describe(events[1])}",
         "joint: losses depth→image 0.125, hed→image 0.200",
         f"joint: {describe(events[3])}",
-        f"joint: [##########] {describe(events[4])}",
+        f"joint [##########] {describe(events[4])}",
         "joint: losses depth→image 0.313, hed→image 0.200",  # the mean of steps 1260 and 5000
     ]
     assert bar == [(25.0, f"joint: {describe(events[1])}"), (100.0, f"joint: {describe(events[4])}")]
