@@ -176,9 +176,8 @@ def _seal_model(
 
 def _encode_losses(progress: Progress) -> bytes:
     columns = {"step": pa.int32(), "label": pa.string(), "loss": pa.float32(), "num_samples": pa.int32()}
-    table = pa.table(
-        {name: pa.array([record[name] for record in progress.history], kind) for name, kind in columns.items()}
-    ).rename_columns(["step", "vision_task", "loss", "num_samples"])
+    table = pa.Table.from_pylist(progress.history, pa.schema(columns))
+    table = table.rename_columns(["step", "vision_task", "loss", "num_samples"])
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     return buffer.getvalue()
