@@ -11,14 +11,16 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.logging import get_run_logger
 
 from prompt_diffusion.engine.events import Event, OnEvent, StepEvent, describe, describe_losses
-from prompt_diffusion.store.records import OnProgress, ShardProgress
+from prompt_diffusion.pretraining.stage import PretrainProgress
+from prompt_diffusion.store.records import Progress, ShardProgress
+from prompt_diffusion.store.stage import Report
 
 _SECONDS_BETWEEN_LINES = 5.0
 _SECONDS_BETWEEN_LOSSES = 60.0
 _BAR_WIDTH = 10
 
 
-def log_progress(what: str, items_per_row: int = 1, unit: str = "rows") -> OnProgress:
+def log_progress(what: str, items_per_row: int = 1, unit: str = "rows") -> Report:
     """Return a listener that logs a sharded stage's shards, rate, time left and rejects.
 
     It writes to the log of the current task run, and keeps that run's progress artifact.
@@ -28,8 +30,9 @@ def log_progress(what: str, items_per_row: int = 1, unit: str = "rows") -> OnPro
     last_line = time.monotonic()
     show_bar = show_progress()
 
-    def report(progress: ShardProgress) -> None:
+    def report(progress: Progress) -> None:
         nonlocal first, last_line
+        assert isinstance(progress, ShardProgress)
         now = time.monotonic()
         first = first or (progress, now)
         if now - last_line < _SECONDS_BETWEEN_LINES and progress.num_done < progress.num_shards:
@@ -46,6 +49,17 @@ def log_progress(what: str, items_per_row: int = 1, unit: str = "rows") -> OnPro
         line = f"{progress.num_done} of {progress.num_shards} shards, {progress.num_rows * items_per_row} {unit}{rejects}{pace}"
         logger.info("%s: %s", what, line)
         show_bar(100.0 * progress.num_done / progress.num_shards, f"{what}: {line}")
+
+    return report
+
+
+def log_pretraining() -> Report:
+    """Return a listener to the pre-training of a base, which has two trainings."""
+    listeners = {phase: log_training(phase) for phase in ("vae", "unet")}
+
+    def report(progress: Progress) -> None:
+        assert isinstance(progress, PretrainProgress)
+        listeners[progress.phase](progress.event)
 
     return report
 

@@ -56,7 +56,7 @@ class ValidationRecord(TypedDict):
 
 
 @dataclass
-class Progress:
+class TrainState:
     """The state of a training apart from its tensors."""
 
     step: int = 0
@@ -133,24 +133,22 @@ def check_room(folder: str, checkpoint_bytes: int) -> None:
         )
 
 
-def write_checkpoint(folder: str, files: Mapping[str, Mapping[str, Tensor]], progress: Progress) -> None:
+def write_checkpoint(folder: str, files: Mapping[str, Mapping[str, Tensor]], state: TrainState) -> None:
     """Write the checkpoint of a step below ``folder`` (a URI), ``state.json`` last.
 
     ``files``: contiguous tensors on the CPU by name, by file.
     """
-    target = storage.join_uri(folder, _name_checkpoint(progress.step))
+    target = storage.join_uri(folder, _name_checkpoint(state.step))
     digests = {
         file: _write_tensors(storage.join_uri(target, file), tensors) for file, tensors in files.items() if tensors
     }
-    storage.write_bytes(
-        storage.join_uri(target, _STATE_FILE), json.dumps({**vars(progress), "digests": digests}).encode()
-    )
+    storage.write_bytes(storage.join_uri(target, _STATE_FILE), json.dumps({**vars(state), "digests": digests}).encode())
 
 
-def delete_checkpoints(folder: str, progress: Progress, num_steps: int, num_spaced: int) -> None:
+def delete_checkpoints(folder: str, state: TrainState, num_steps: int, num_spaced: int) -> None:
     """Delete the checkpoints that ``choose_kept`` does not keep, and those that a killed run left incomplete."""
     steps = {int(name.removeprefix(_PREFIX)) for name in list_checkpoints(folder)}
-    validations = {record["step"]: record["loss"] for record in progress.validations}
+    validations = {record["step"]: record["loss"] for record in state.validations}
     kept = {_name_checkpoint(step) for step in choose_kept(steps, validations, num_steps, num_spaced)}
     found = {file.split("/")[0] for file in storage.list_files(folder) if file.startswith(_PREFIX)}
     for name in found - kept:
@@ -164,8 +162,8 @@ def list_checkpoints(folder: str) -> list[str]:
 
 def restore_checkpoint(
     folder: str, parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer], ema: Mapping[str, Tensor]
-) -> Progress:
-    """Load the newest whole checkpoint into the tensors and optimizers; a fresh ``Progress`` where there is none."""
+) -> TrainState:
+    """Load the newest whole checkpoint into the tensors and optimizers; a fresh ``TrainState`` where there is none."""
     for name in reversed(list_checkpoints(folder)):
         uri = storage.join_uri(folder, name)
         state = json.loads(storage.read_bytes(storage.join_uri(uri, _STATE_FILE)))
@@ -178,8 +176,8 @@ def restore_checkpoint(
             _load_into(parameters, files[WEIGHTS_FILE], uri)
             _load_into(ema, files.get(EMA_FILE, files.get(_EARLIER_EMA_FILE)), uri)
             restore_optimizers(optimizers, dict(_read_tensors(files.get(OPTIMIZER_FILE))))
-        return Progress(**state)
-    return Progress()
+        return TrainState(**state)
+    return TrainState()
 
 
 def _name_checkpoint(step: int) -> str:

@@ -16,7 +16,7 @@ from prompt_diffusion.engine.checkpoint import (
     EMA_FILE,
     OPTIMIZER_FILE,
     WEIGHTS_FILE,
-    Progress,
+    TrainState,
     delete_checkpoints,
     flatten_optimizers,
     write_checkpoint,
@@ -65,7 +65,7 @@ class CheckpointWriter:
         self,
         parameters: Mapping[str, Tensor],
         optimizers: Sequence[Optimizer],
-        progress: Progress,
+        state: TrainState,
         ema: Mapping[str, Tensor],
     ) -> None:
         """Copy the state to the CPU and return; the copy is written in the background."""
@@ -77,7 +77,7 @@ class CheckpointWriter:
         }
         for file, tensors in contents.items():
             _copy_to_host(tensors, self._host_copies.setdefault(file, {}))
-        snapshot = replace(progress, history=list(progress.history), validations=list(progress.validations))
+        snapshot = replace(state, history=list(state.history), validations=list(state.validations))
         self._pending = self._pool.submit(self._write, snapshot)
         self._saved = time.monotonic()
 
@@ -87,9 +87,9 @@ class CheckpointWriter:
         if pending is not None:
             pending.result()
 
-    def _write(self, progress: Progress) -> None:
-        write_checkpoint(self.folder, self._host_copies, progress)
-        delete_checkpoints(self.folder, progress, self.num_steps, self.resources.spaced_checkpoints)
+    def _write(self, state: TrainState) -> None:
+        write_checkpoint(self.folder, self._host_copies, state)
+        delete_checkpoints(self.folder, state, self.num_steps, self.resources.spaced_checkpoints)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from prompt_diffusion.device import choose_device
 from prompt_diffusion.engine.events import HardwareEvent
 
 CPU = torch.device("cpu")
@@ -104,15 +105,6 @@ def _fill_buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 SINGLE_PROCESS = World()
-
-
-def choose_device(device: str, local_rank: int = 0) -> torch.device:
-    """Return the device of a setting: ``auto`` takes a GPU where there is one; ``cuda`` without a GPU is refused."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' was asked for and this machine has no usable GPU: use 'cpu' or 'auto'")
-    if device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from prompt_diffusion.engine.checkpoint import Progress, check_room, estimate_checkpoint_bytes, restore_checkpoint
+from prompt_diffusion.engine.checkpoint import TrainState, check_room, estimate_checkpoint_bytes, restore_checkpoint
 from prompt_diffusion.engine.checkpoint_writer import CheckpointWriter
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.engine.distributed import World
@@ -45,7 +45,7 @@ def run_loop(
     world: World,
     on_event: OnEvent | None = None,
     validate: Validate | None = None,
-) -> Progress:
+) -> TrainState:
     """Train from the newest checkpoint to the last step; the parameters are changed in place.
 
     The main process reports a ``StepEvent`` every ``log_every_steps``, and validates, with the EMA weights where there are
@@ -61,15 +61,15 @@ def run_loop(
         check_room(plan.checkpoints, estimate_checkpoint_bytes(parameters, plan.optimizer))
     optimizers = build_optimizers(parameters, plan.optimizer, world)
     ema = {} if plan.optimizer.ema_decay is None else {name: p.detach().clone() for name, p in parameters.items()}
-    progress = restore_checkpoint(plan.checkpoints, parameters, optimizers, ema)
-    metrics = MetricsReporter(progress, plan, resources, world, on_event)
-    validation = PeriodicValidation(validate if world.is_main else None, progress, plan, resources, metrics.on_event)
-    steps, size = range(progress.step, plan.num_steps), choose_micro_batch_size(plan, resources, world)
+    state = restore_checkpoint(plan.checkpoints, parameters, optimizers, ema)
+    metrics = MetricsReporter(state, plan, resources, world, on_event)
+    validation = PeriodicValidation(validate if world.is_main else None, state, plan, resources, metrics.on_event)
+    steps, size = range(state.step, plan.num_steps), choose_micro_batch_size(plan, resources, world)
     with (
         _catch_signals(world.stop_requested) as stop_requested,
         Prefetcher(objective.prepare, steps, plan.batch_size, world, size, resources.loader_threads) as batches,
         CheckpointWriter(plan.checkpoints, plan.num_steps, resources) as writer,
-        profile_steps(plan.checkpoints, progress.step, resources, world) as advance_profiler,
+        profile_steps(plan.checkpoints, state.step, resources, world) as advance_profiler,
     ):
         validation.run_if_due(parameters, ema)  # where the last attempt was stopped right before it
         for step in steps:
@@ -81,32 +81,32 @@ def run_loop(
             world.all_reduce(sums)
             gradient_norm = _clip_grad_norm(parameters, plan.optimizer.clip_norm)
             # update of the weights
-            progress.step += 1
+            state.step += 1
             if _is_valid_step(sums, gradient_norm, plan.optimizer.skip_norm):
-                progress.skipped_in_a_row = 0
+                state.skipped_in_a_row = 0
                 for optimizer in optimizers:
                     optimizer.step()
                 if plan.optimizer.ema_decay is not None:
                     _update_ema(ema, parameters, plan.optimizer.ema_decay)
             else:
-                _count_skipped_step(progress, gradient_norm)
+                _count_skipped_step(state, gradient_norm)
             # metrics, validation, checkpoint
             metrics.count_flops_once(objective)
             _zero_grad(parameters)
             metrics.record(objective.labels, sums, gradient_norm)
-            stops = bool(sums[-1, 0] > 0) and progress.step < plan.num_steps
+            stops = bool(sums[-1, 0] > 0) and state.step < plan.num_steps
             is_best = not stops and validation.run_if_due(parameters, ema)
-            if world.is_main and (stops or is_best or progress.step == plan.num_steps or writer.is_due):
-                writer.save(parameters, optimizers, progress, ema)
+            if world.is_main and (stops or is_best or state.step == plan.num_steps or writer.is_due):
+                writer.save(parameters, optimizers, state, ema)
             advance_profiler()
             if stops:
                 writer.wait()
                 world.barrier()  # a launcher ends the others once one has left
                 stop_requested.clear()  # honoured: a later loop in this process is not stopped by it
-                raise Stopped(f"stopped at step {progress.step} of {plan.num_steps}; run the same command to go on")
+                raise Stopped(f"stopped at step {state.step} of {plan.num_steps}; run the same command to go on")
     if ema:
         _update_ema(parameters, ema, 0.0)
-    return progress
+    return state
 
 
 def choose_micro_batch_size(plan: LoopPlan, resources: TrainResources, world: World) -> int:
@@ -127,15 +127,15 @@ def _is_valid_step(sums: Tensor, gradient_norm: float, skip_norm: float | None) 
     return is_finite and (skip_norm is None or gradient_norm <= skip_norm)
 
 
-def _count_skipped_step(progress: Progress, gradient_norm: float) -> None:
-    progress.num_skipped += 1
-    progress.skipped_in_a_row += 1
+def _count_skipped_step(state: TrainState, gradient_norm: float) -> None:
+    state.num_skipped += 1
+    state.skipped_in_a_row += 1
     logger.warning(
-        "step %d is skipped: its loss is not finite, or its gradient's norm is %g", progress.step, gradient_norm
+        "step %d is skipped: its loss is not finite, or its gradient's norm is %g", state.step, gradient_norm
     )
-    if progress.skipped_in_a_row == _MAX_SKIPS_IN_A_ROW:
+    if state.skipped_in_a_row == _MAX_SKIPS_IN_A_ROW:
         raise FloatingPointError(
-            f"steps {progress.step - _MAX_SKIPS_IN_A_ROW + 1} to {progress.step} had losses or gradients that are not finite "
+            f"steps {state.step - _MAX_SKIPS_IN_A_ROW + 1} to {state.step} had losses or gradients that are not finite "
             "or too large: stopped; the last checkpoint is whole"
         )
 

@@ -49,9 +49,9 @@ class RunTracker:
         check_tracking_uri(settings.tracking_uri)
         self.outbox = Outbox(find_folder(settings), identity.fingerprint)
         self.outbox.open()
-        params = flatten(identity.config) | flatten({"input": identity.inputs})
+        params = flatten(identity.config) | flatten({"input": identity.digests})
         # the base is weights, not data
-        datasets = {role: fingerprint for role, fingerprint in identity.inputs.items() if role != "base"}
+        datasets = {role: digest for role, digest in identity.digests.items() if role != "base"}
         self.outbox.write({"run": name, "params": params, "datasets": datasets, "time": _now()})
         self._tags: dict[str, str] = {}
         self.set_tags({FINGERPRINT_TAG: identity.fingerprint, **collect_tags(), **(tags or {})})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prompt_diffusion.data.shard_cache import ShardCache
-from prompt_diffusion.engine.checkpoint import Progress
+from prompt_diffusion.engine.checkpoint import TrainState
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.engine.distributed import World
 from prompt_diffusion.engine.events import OnEvent
@@ -26,7 +26,7 @@ from prompt_diffusion.model.controlnet import (
     trained_unet_parameters,
 )
 from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
-from prompt_diffusion.model.references import controlnet_folder
+from prompt_diffusion.model.references import PIPELINE_FOLDER, controlnet_folder
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import (
     ManifestRef,
@@ -40,13 +40,12 @@ from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.loss import InContextObjective, check_recipe
 from prompt_diffusion.training.preflight import check_base
 from prompt_diffusion.training.samples import open_training_data
-from prompt_diffusion.training.stage import PIPELINE_FOLDER, TrainInputs, identify_train
+from prompt_diffusion.training.stage import Train
 from prompt_diffusion.training.validation import InContextValidator
 
 
 def run_train(
-    config: TrainConfig,
-    inputs: TrainInputs,
+    stage: Train,
     store_root: str,
     resources: TrainResources,
     world: World,
@@ -57,7 +56,7 @@ def run_train(
     Returns the sealed reference on the main process, None on the others. Seals ``pipeline/`` (diffusers' layout),
     ``losses.parquet`` (step, vision_task, loss, num_samples), ``config.json`` and ``grid.png`` (validation samples).
     """
-    identity = identify_train(config, inputs)
+    config, inputs, identity = stage.config, stage.inputs, stage.identity
     sealed = find_sealed(identity, store_root)
     if sealed is not None:
         return sealed
@@ -76,7 +75,7 @@ def run_train(
         config, base, controlnet, held_out, world.device, identity.uri(store_root), on_event
     )
     try:
-        progress = run_loop(
+        state = run_loop(
             objective,
             parameters,
             LoopPlan(
@@ -92,12 +91,12 @@ def run_train(
         validation.close()
     if not world.is_main:
         return None
-    grid = validation.render_grid(progress.step)
+    grid = validation.render_grid(state.step)
     sampling, shown = config.sampling, next(iter(data.values())).rows.image(0, "input", None)
     pipeline = PromptDiffusionPipeline.from_parts(
         base, controlnet.eval(), sampling.num_inference_steps, sampling.guidance_scale, default_image_size=len(shown)
     ).to("cpu", memory_format=torch.contiguous_format)
-    return _seal_model(config, identity, store_root, pipeline, progress, grid)
+    return _seal_model(config, identity, store_root, pipeline, state, grid)
 
 
 def build_controlnet(config: TrainConfig, base: Base) -> PromptDiffusionControlNet:
@@ -154,29 +153,29 @@ def _seal_model(
     identity: StageIdentity,
     store_root: str,
     pipeline: PromptDiffusionPipeline,
-    progress: Progress,
+    state: TrainState,
     grid: bytes,
 ) -> ManifestRef:
     with tempfile.TemporaryDirectory() as folder:
         pipeline.save_pretrained(folder, safe_serialization=True)
         files = write_folder(identity, store_root, PIPELINE_FOLDER, Path(folder))
     contents: Mapping[str, bytes] = {
-        "losses.parquet": _encode_losses(progress),
+        "losses.parquet": _encode_losses(state),
         "config.json": json.dumps(config.model_dump(mode="json"), indent=2).encode(),
         "grid.png": grid,
     }
     files += [write_file(identity, store_root, path, data) for path, data in contents.items()]
     counts = {
-        "steps": progress.step,
-        "samples": progress.step * config.batch_size,
-        "skipped_steps": progress.num_skipped,
+        "steps": state.step,
+        "samples": state.step * config.batch_size,
+        "skipped_steps": state.num_skipped,
     }
     return seal_manifest(identity, store_root, files, counts=counts)
 
 
-def _encode_losses(progress: Progress) -> bytes:
+def _encode_losses(state: TrainState) -> bytes:
     columns = {"step": pa.int32(), "label": pa.string(), "loss": pa.float32(), "num_samples": pa.int32()}
-    table = pa.Table.from_pylist(progress.history, pa.schema(columns))
+    table = pa.Table.from_pylist(state.history, pa.schema(columns))
     table = table.rename_columns(["step", "vision_task", "loss", "num_samples"])
     buffer = io.BytesIO()
     pq.write_table(table, buffer)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from prompt_diffusion.engine.checkpoint import Progress
+from prompt_diffusion.engine.checkpoint import TrainState
 from prompt_diffusion.engine.config import OptimizerConfig, TrainResources
 from prompt_diffusion.engine.distributed import SINGLE_PROCESS
 from prompt_diffusion.engine.loop import run_loop
@@ -80,14 +80,14 @@ def plan_loop(folder, num_steps: int = 6, **fields) -> LoopPlan:
 
 def train(
     tmp_path, objective: Parabola, num_steps: int = 6, device_batch_size: int = 8, every: float = 1e-9, **fields
-) -> Progress:
+) -> TrainState:
     resources = TrainResources(device_batch_size=device_batch_size, checkpoint_every_seconds=every)
     return run_loop(
         objective, {"weight": objective.weight}, plan_loop(tmp_path, num_steps, **fields), resources, SINGLE_PROCESS
     )
 
 
-def run_line(folder: Path, line: Line, num_steps: int, every: float = 1e-9) -> Progress:
+def run_line(folder: Path, line: Line, num_steps: int, every: float = 1e-9) -> TrainState:
     plan = LoopPlan(num_steps, 2, OptimizerConfig(learning_rate=0.1), str(folder))
     resources = TrainResources(checkpoint_every_seconds=every)
     return run_loop(line, {"weight": line.weight}, plan, resources, SINGLE_PROCESS)

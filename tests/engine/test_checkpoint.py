@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from prompt_diffusion.engine.checkpoint import (
-    Progress,
+    TrainState,
     check_room,
     choose_kept,
     estimate_checkpoint_bytes,
@@ -76,25 +76,25 @@ class Model:
         for optimizer in self.optimizers:
             optimizer.step()
 
-    def save(self, writer: CheckpointWriter, progress: Progress) -> None:
-        writer.save(self.parameters, self.optimizers, progress, self.ema)
+    def save(self, writer: CheckpointWriter, state: TrainState) -> None:
+        writer.save(self.parameters, self.optimizers, state, self.ema)
 
-    def restore(self, folder: str) -> Progress:
+    def restore(self, folder: str) -> TrainState:
         return restore_checkpoint(folder, self.parameters, self.optimizers, self.ema)
 
 
-def write_run(folder: str, steps: range, validations: dict[int, float]) -> Progress:
+def write_run(folder: str, steps: range, validations: dict[int, float]) -> TrainState:
     """Save a checkpoint at each step of a run, its weights all the number of the step."""
-    model, progress = Model(), Progress()
+    model, state = Model(), TrainState()
     with CheckpointWriter(folder, steps.stop - 1, TrainResources()) as writer:
-        for progress.step in steps:
+        for state.step in steps:
             with torch.no_grad():
-                model.parameters["bias"].fill_(progress.step)
-            progress.history.append({"step": progress.step, "label": "a", "loss": 1.0, "num_samples": 1})
-            if progress.step in validations:
-                progress.validations.append({"step": progress.step, "loss": validations[progress.step]})
-            model.save(writer, progress)
-    return progress
+                model.parameters["bias"].fill_(state.step)
+            state.history.append({"step": state.step, "label": "a", "loss": 1.0, "num_samples": 1})
+            if state.step in validations:
+                state.validations.append({"step": state.step, "loss": validations[state.step]})
+            model.save(writer, state)
+    return state
 
 
 @pytest.mark.parametrize("store", ["folder", "s3"])
@@ -102,12 +102,12 @@ def test_a_run_leaves_whole_checkpoints_of_the_steps_that_are_kept_and_nothing_e
     root = str(tmp_path) if store == "folder" else request.getfixturevalue("s3_store")
     folder = storage.join_uri(root, "checkpoints")
     storage.write_bytes(storage.join_uri(folder, "step-00000003", "weights.safetensors"), b"what a killed run left")
-    progress = write_run(folder, range(4, 13), {6: 1.0, 8: 2.0})
+    state = write_run(folder, range(4, 13), {6: 1.0, 8: 2.0})
     names = [f"step-{step:08d}" for step in (4, 6, 9, 11, 12)]
     assert list_checkpoints(folder) == names
     assert {name.split("/")[0] for name in storage.list_files(folder)} == set(names)
     model = Model()
-    assert model.restore(folder) == progress
+    assert model.restore(folder) == state
     assert torch.equal(model.parameters["bias"], torch.full((4,), 12.0))
     # the newest is damaged: the one before counts
     storage.write_bytes(storage.join_uri(folder, names[-1], "optimizer.safetensors"), b"other bytes")
@@ -115,16 +115,16 @@ def test_a_run_leaves_whole_checkpoints_of_the_steps_that_are_kept_and_nothing_e
 
 
 def test_what_is_written_is_the_state_of_the_moment_of_saving(tmp_path):
-    folder, model, progress = str(tmp_path), Model(size=600), Progress(step=1)
+    folder, model, state = str(tmp_path), Model(size=600), TrainState(step=1)
     before = {name: parameter.detach().clone() for name, parameter in model.parameters.items()}
     with CheckpointWriter(folder, 10, TrainResources()) as writer:
-        model.save(writer, progress)
+        model.save(writer, state)
         model.step()
-        progress.step, progress.num_skipped = 2, 7
-        progress.history.append({"step": 2})
+        state.step, state.num_skipped = 2, 7
+        state.history.append({"step": 2})
     assert list_checkpoints(folder) == ["step-00000001"]
     restored = Model(size=600)
-    assert restored.restore(folder) == Progress(step=1)
+    assert restored.restore(folder) == TrainState(step=1)
     assert all(torch.equal(restored.parameters[name], value) for name, value in before.items())
 
 
@@ -134,13 +134,13 @@ def test_a_checkpoint_of_an_earlier_version_still_gives_its_ema(tmp_path):
     for ema in model.ema.values():
         ema.fill_(3.0)
     with CheckpointWriter(str(tmp_path), 10, TrainResources()) as writer:
-        model.save(writer, Progress(step=1))
+        model.save(writer, TrainState(step=1))
     (folder / "ema.safetensors").rename(folder / "averages.safetensors")
     state = json.loads((folder / "state.json").read_text())
     state["digests"]["averages.safetensors"] = state["digests"].pop("ema.safetensors")
     (folder / "state.json").write_text(json.dumps(state))
     restored = Model()
-    assert restored.restore(str(tmp_path)) == Progress(step=1)
+    assert restored.restore(str(tmp_path)) == TrainState(step=1)
     assert all(torch.equal(ema, torch.full_like(ema, 3.0)) for ema in restored.ema.values())
 
 
@@ -218,7 +218,7 @@ def test_the_estimate_is_what_a_checkpoint_takes(tmp_path):
     for name in ("muon", "adamw"):
         folder, model = tmp_path / name, Model(size=64, name=name)
         with CheckpointWriter(str(folder), 10, TrainResources()) as writer:
-            model.save(writer, Progress(step=1))
+            model.save(writer, TrainState(step=1))
         taken = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
         estimate = estimate_checkpoint_bytes(model.parameters, model.config)
         assert estimate <= taken < estimate + 4000  # the files' headers
@@ -254,5 +254,5 @@ def test_a_slow_store_delays_checkpoints_and_not_the_training(tmp_path):
         pipe.write_text("the store answers")
         writer.wait()
         assert writer.is_due
-        model.save(writer, Progress(step=1))
+        model.save(writer, TrainState(step=1))
     assert json.loads((tmp_path / "step-00000001" / "state.json").read_text())["step"] == 1

@@ -58,13 +58,13 @@ def test_two_processes_one_and_two_again_see_one_stream_and_lose_nothing(tmp_pat
     stream = [i for run in (first, second) for part in run["asked"] for ends in part for i in range(*ends)]
     assert sorted(stream) == list(range(9 * BATCH_SIZE)), "a sample came twice, or never"
     alone = Parabola()
-    progress = train(tmp_path / "alone", alone, num_steps=9, device_batch_size=3)
+    state = train(tmp_path / "alone", alone, num_steps=9, device_batch_size=3)
     expected = [[0, 1, 2], [10, 11], [20, 22, 24, 21, 23, 25], [40, 41, 42, 43, 44], [50]]
     assert first["sums"] == second["sums"] == [[2 * value + 100 for value in values] for values in expected]
     assert first["weight"] == second["weight"]
     # the same sums in another order, in float32: 6e-8 a rounding, a few roundings in nine steps
     torch.testing.assert_close(torch.tensor(first["weight"]), alone.weight.detach(), rtol=1e-6, atol=1e-6)
-    assert first["losses"] == pytest.approx([record["loss"] for record in progress.history], rel=1e-6)
+    assert first["losses"] == pytest.approx([record["loss"] for record in state.history], rel=1e-6)
 
 
 def test_the_hardware_is_described_as_it_is():

@@ -19,20 +19,20 @@ from tests.engine.objectives import BATCH_SIZE, Parabola, plan_loop, signal_at, 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path):
     with_gap, one_less = Parabola(), Parabola()
     with_gap.broken_steps = {5}
-    progress = train(tmp_path / "gap", with_gap)
+    state = train(tmp_path / "gap", with_gap)
     train(tmp_path / "less", one_less, num_steps=5)
-    assert progress.step == 6
-    assert progress.num_skipped == 1
+    assert state.step == 6
+    assert state.num_skipped == 1
     assert torch.equal(with_gap.weight, one_less.weight)
-    assert all(math.isfinite(record["loss"]) for record in progress.history)
+    assert all(math.isfinite(record["loss"]) for record in state.history)
 
 
 def test_after_a_skipped_step_the_training_goes_on(tmp_path):
     objective = Parabola()
     objective.broken_steps = {1, 2}
-    progress = train(tmp_path, objective, num_steps=60)
-    assert progress.num_skipped == 2
-    assert progress.skipped_in_a_row == 0
+    state = train(tmp_path, objective, num_steps=60)
+    assert state.num_skipped == 2
+    assert state.skipped_in_a_row == 0
     assert (objective.weight - 2.0).abs().max() < 0.3
 
 
@@ -128,9 +128,9 @@ def test_the_steps_are_those_of_a_plain_loop_for_any_number_of_threads(tmp_path)
         ahead = Parabola()
         resources = TrainResources(device_batch_size=3, loader_threads=num_threads)
         plan = plan_loop(tmp_path / str(num_threads))
-        progress = run_loop(ahead, {"weight": ahead.weight}, plan, resources, SINGLE_PROCESS)
+        state = run_loop(ahead, {"weight": ahead.weight}, plan, resources, SINGLE_PROCESS)
         assert torch.equal(ahead.weight, plain.weight)
-        assert [record["loss"] for record in progress.history] == values
+        assert [record["loss"] for record in state.history] == values
         assert ahead.asked == plain.asked
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from prompt_diffusion.engine import metrics
-from prompt_diffusion.engine.checkpoint import Progress
+from prompt_diffusion.engine.checkpoint import TrainState
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.engine.distributed import SINGLE_PROCESS, World
 from prompt_diffusion.engine.events import StepEvent
@@ -19,37 +19,37 @@ from tests.engine.objectives import Parabola, Slope, plan_loop
 def test_speed_and_time_left_are_those_since_the_last_report(tmp_path, monkeypatch):
     now, events = 100.0, []
     monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now))
-    progress = Progress(step=2, seconds=50.0)
+    state = TrainState(step=2, seconds=50.0)
     reporter = MetricsReporter(
-        progress, plan_loop(tmp_path, 9), TrainResources(log_every_steps=2), SINGLE_PROCESS, events.append
+        state, plan_loop(tmp_path, 9), TrainResources(log_every_steps=2), SINGLE_PROCESS, events.append
     )
     sums = torch.tensor([[16.0, 8.0], [0.0, 0.0]], dtype=torch.float64)
-    for progress.step, seconds in ((3, 1.0), (4, 3.0), (5, 10.0), (6, 10.0), (7, 0.5), (8, 0.5), (9, 2.0)):
+    for state.step, seconds in ((3, 1.0), (4, 3.0), (5, 10.0), (6, 10.0), (7, 0.5), (8, 0.5), (9, 2.0)):
         now += seconds
         reporter.record(["line"], sums, gradient_norm=0.5)
     assert [event.step for event in events] == [4, 6, 8, 9]
     assert [event.samples_per_second for event in events] == pytest.approx([4.0, 0.8, 16.0, 4.0])
     assert [event.eta_seconds for event in events] == pytest.approx([10.0, 30.0, 0.5, 0.0])
-    assert progress.seconds == pytest.approx(50.0 + 27.0)
+    assert state.seconds == pytest.approx(50.0 + 27.0)
 
 
 def test_a_label_without_samples_or_with_a_loss_that_is_not_finite_is_left_out(tmp_path):
-    events, progress = [], Progress()
+    events, state = [], TrainState()
     reporter = MetricsReporter(
-        progress, plan_loop(tmp_path), TrainResources(log_every_steps=1), SINGLE_PROCESS, events.append
+        state, plan_loop(tmp_path), TrainResources(log_every_steps=1), SINGLE_PROCESS, events.append
     )
-    progress.step = 1
+    state.step = 1
     sums = torch.tensor([[6.0, 2.0], [math.nan, 1.0], [0.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
     reporter.record(["depth", "hed", "seg"], sums, gradient_norm=math.nan)
     [event] = events
     assert event.losses == {"depth": 3.0}
     assert math.isnan(event.gradient_norm)
-    assert progress.history == [{"step": 1, "label": "depth", "loss": 3.0, "num_samples": 2}]
+    assert state.history == [{"step": 1, "label": "depth", "loss": 3.0, "num_samples": 2}]
 
 
 def test_other_processes_report_nothing(tmp_path):
     events = []
-    reporter = MetricsReporter(Progress(step=6), plan_loop(tmp_path), TrainResources(), World(1, 2), events.append)
+    reporter = MetricsReporter(TrainState(step=6), plan_loop(tmp_path), TrainResources(), World(1, 2), events.append)
     reporter.record(["line"], torch.ones(2, 2, dtype=torch.float64), gradient_norm=1.0)
     assert events == []
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from prompt_diffusion.engine.checkpoint import Progress, list_checkpoints
+from prompt_diffusion.engine.checkpoint import TrainState, list_checkpoints
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.engine.distributed import SINGLE_PROCESS
 from prompt_diffusion.engine.events import Event, StepEvent, ValidationEvent
@@ -30,12 +30,10 @@ def test_validations_use_the_ema_and_leave_the_training_unchanged(tmp_path):
     resources = TrainResources(validate_every_steps=2, log_every_steps=5)
     plan = plan_loop(tmp_path / "validated", 5, ema_decay=0.75)
     validate = validate_with(validated, losses, seen)
-    progress = run_loop(
-        validated, {"weight": validated.weight}, plan, resources, SINGLE_PROCESS, events.append, validate
-    )
+    state = run_loop(validated, {"weight": validated.weight}, plan, resources, SINGLE_PROCESS, events.append, validate)
     assert torch.equal(validated.weight, plain.weight)
     assert torch.equal(seen[-1][1], plain.weight), "the last validation is of the model that comes out"
-    assert progress.validations == [{"step": step, "loss": loss} for step, loss in losses.items()]
+    assert state.validations == [{"step": step, "loss": loss} for step, loss in losses.items()]
     assert [event for event in events if not isinstance(event, StepEvent)] == [
         ValidationEvent(step=step, num_steps=5, loss=loss, is_best=step != 5) for step, loss in losses.items()
     ]
@@ -58,19 +56,19 @@ def test_no_step_is_validated_twice_and_none_is_left_out_by_a_stop(tmp_path):
                 run_loop(objective, *arguments, validate)
             assert [step for step, _ in seen] == [2], "a validation held up the stop"
         else:
-            progress = run_loop(objective, *arguments, validate)
+            state = run_loop(objective, *arguments, validate)
     assert [step for step, _ in seen] == [2, 4, 6]
-    assert [record["step"] for record in progress.validations] == [2, 4, 6]
+    assert [record["step"] for record in state.validations] == [2, 4, 6]
     assert resumed.asked[0].start == 4 * BATCH_SIZE
     assert again.asked == []
 
 
 def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path):
     losses = iter([math.nan, 3.0, math.inf, 3.0, 2.0])
-    progress = Progress()
+    state = TrainState()
     resources = TrainResources(validate_every_steps=1)
-    validation = PeriodicValidation(lambda step: next(losses), progress, plan_loop(tmp_path), resources, None)
+    validation = PeriodicValidation(lambda step: next(losses), state, plan_loop(tmp_path), resources, None)
     found = []
-    for progress.step in range(1, 6):
+    for state.step in range(1, 6):
         found.append(validation.run_if_due({}, {}))
     assert found == [False, True, False, False, True]
