@@ -1,7 +1,7 @@
 """Checkpoints: safetensors and JSON, complete or absent, so that the same command goes on where it stopped.
 
 A checkpoint is a folder ``checkpoints/step-00000500/`` whose ``state.json`` is written last and holds the digests of the
-rest: without it, or with a digest that does not fit, the folder does not count.
+rest and its own: without it, or with a digest that does not fit, the folder does not count.
 """
 
 import hashlib
@@ -26,11 +26,13 @@ from torch.optim import Optimizer
 from prompt_diffusion.engine.config import OptimizerConfig
 from prompt_diffusion.engine.optimizer import estimate_state_bytes
 from prompt_diffusion.store import storage
+from prompt_diffusion.store.fingerprint import compute_digest
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE, OPTIMIZER_FILE, AVERAGES_FILE = "weights.safetensors", "optimizer.safetensors", "averages.safetensors"
 _STATE_FILE = "state.json"
+_STATE_DIGEST = "sha256"
 _PREFIX = "step-"
 _NEWEST_KEPT = 2
 _ROOM_FOR_CHECKPOINTS = 3
@@ -124,7 +126,7 @@ def write_checkpoint(folder: str, files: Mapping[str, Mapping[str, Tensor]], sta
     digests = {
         file: _write_tensors(storage.join_uri(target, file), tensors) for file, tensors in files.items() if tensors
     }
-    storage.write_bytes(storage.join_uri(target, _STATE_FILE), json.dumps({**state, "digests": digests}).encode())
+    storage.write_bytes(storage.join_uri(target, _STATE_FILE), _encode_state({**state, "digests": digests}))
 
 
 def drop_checkpoints(folder: str, state: Mapping[str, Any], num_steps: int, num_spaced: int) -> None:
@@ -148,18 +150,45 @@ def restore_checkpoint(
     """Load the newest whole checkpoint into what it was made of; a fresh ``Progress`` where there is none."""
     for name in reversed(list_checkpoints(folder)):
         uri = storage.join_uri(folder, name)
-        state = json.loads(storage.read_bytes(storage.join_uri(uri, _STATE_FILE)))
-        digests = state.pop("digests")
-        with _fetch(uri, digests) as files:
-            damaged = [file for file, path in files.items() if _compute_digest(path) != digests[file]]
-            if damaged:
-                logger.warning("checkpoint %s is damaged (%s): taking the one before", uri, ", ".join(damaged))
-                continue
-            _fill(parameters, files[WEIGHTS_FILE], uri)
-            _fill(averages, files.get(AVERAGES_FILE), uri)
-            restore_optimizers(optimizers, dict(_read_tensors(files.get(OPTIMIZER_FILE))))
-        return Progress(**state)
+        try:
+            progress, digests = _parse_state(storage.read_bytes(storage.join_uri(uri, _STATE_FILE)), name)
+            with _fetch(uri, digests) as files:
+                damaged = [file for file, path in files.items() if _compute_digest(path) != digests[file]]
+                if damaged:
+                    raise _DamagedCheckpointError(f"{', '.join(damaged)} changed")
+                _fill(parameters, files[WEIGHTS_FILE], uri)
+                _fill(averages, files.get(AVERAGES_FILE), uri)
+                restore_optimizers(optimizers, dict(_read_tensors(files.get(OPTIMIZER_FILE))))
+        except (_DamagedCheckpointError, FileNotFoundError) as error:
+            logger.warning("checkpoint %s is damaged (%s): taking the one before", uri, error)
+            continue
+        return progress
     return Progress()
+
+
+class _DamagedCheckpointError(Exception):
+    """A checkpoint is not what was written; the message says what of it."""
+
+
+def _encode_state(state: Mapping[str, Any]) -> bytes:
+    """Return the text of ``state.json``: the state, and the digest of its own text."""
+    return json.dumps({**state, _STATE_DIGEST: compute_digest(json.dumps(state).encode())}).encode()
+
+
+def _parse_state(content: bytes, name: str) -> tuple[Progress, dict[str, str]]:
+    """Return what ``state.json`` of the checkpoint of that name says: the progress, and the digests of the other files."""
+    try:
+        state = json.loads(content)
+        digest = state.pop(_STATE_DIGEST, None)  # none in a checkpoint of before there was one
+        if digest is not None and digest != compute_digest(json.dumps(state).encode()):
+            raise _DamagedCheckpointError(f"{_STATE_FILE} changed")
+        digests: dict[str, str] = state.pop("digests")
+        progress = Progress(**state)
+        if _name_checkpoint(progress.step) != name:
+            raise _DamagedCheckpointError(f"{_STATE_FILE} is that of step {progress.step}")
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise _DamagedCheckpointError(f"{_STATE_FILE} cannot be read") from error
+    return progress, digests
 
 
 def _name_checkpoint(step: int) -> str:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
@@ -28,12 +28,20 @@ logger = logging.getLogger(__name__)
 class CheckpointWriter:
     """Writes the checkpoints of one run below ``folder`` (a URI), one at a time, and drops those that are not kept.
 
+    ``check_owner`` raises where another run has taken the folder over: then nothing is written or dropped any more.
     An error of the writing thread is raised by the next ``save`` or ``wait``; where another exception ends the block, it is
     logged. The block is left when nothing is under way any more.
     """
 
-    def __init__(self, folder: str, num_steps: int, resources: TrainResources) -> None:
+    def __init__(
+        self,
+        folder: str,
+        num_steps: int,
+        resources: TrainResources,
+        check_owner: Callable[[], None] | None = None,
+    ) -> None:
         self.folder, self.num_steps, self.resources = folder, num_steps, resources
+        self._check_owner = check_owner
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._under_way: Future[None] | None = None
         self._copies: dict[str, dict[str, Tensor]] = {}
@@ -87,7 +95,11 @@ class CheckpointWriter:
             under_way.result()
 
     def _write(self, state: Mapping[str, Any]) -> None:
+        if self._check_owner is not None:
+            self._check_owner()
         write_checkpoint(self.folder, self._copies, state)
+        if self._check_owner is not None:
+            self._check_owner()
         drop_checkpoints(self.folder, state, self.num_steps, self.resources.spaced_checkpoints)
 
 

@@ -114,11 +114,15 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
 
 
 @contextmanager
-def join_world(device: str, threads: int) -> Iterator[World]:
-    """Join the process group that torchrun's environment describes; alone where there is none."""
+def join_world(device: str, threads: int, *, is_alone: bool = False) -> Iterator[World]:
+    """Join the process group that torchrun's environment describes; alone where there is none.
+
+    ``is_alone`` says that this training has one process: then variables that were left in the environment count for nothing.
+    """
     torch.set_num_threads(threads)
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    environment = {} if is_alone else os.environ
+    size, rank = int(environment.get("WORLD_SIZE", "1")), int(environment.get("RANK", "0"))
+    chosen = choose_device(device, int(environment.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if size > 1:

@@ -72,7 +72,7 @@ def run_loop(
     with (
         _catch_signals(world.stop_requested) as stop_requested,
         Feed(objective.prepare, steps, plan.batch_size, world, size, resources.loader_threads) as feed,
-        CheckpointWriter(plan.checkpoints, plan.num_steps, resources) as writer,
+        CheckpointWriter(plan.checkpoints, plan.num_steps, resources, plan.check_owner) as writer,
     ):
         validator.run_if_due(parameters, averages)  # where the run before was stopped right before it
         for step in steps:

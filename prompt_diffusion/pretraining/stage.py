@@ -26,6 +26,7 @@ from prompt_diffusion.store.manifest import (
 from prompt_diffusion.store.storage import join_uri
 
 if TYPE_CHECKING:
+    from prompt_diffusion.engine.distributed import World
     from prompt_diffusion.model.base import Base
 
 VERSION = 1
@@ -73,7 +74,7 @@ def run_pretrain(
 ) -> ManifestRef:
     """Train the base on the train split, in this process, resuming from checkpoints; score it on validation; seal it.
 
-    Seals ``base/`` (diffusers' layout, float16, with a model card). ``on_event`` hears the phase, ``vae`` or ``unet``, and
+    Another run of the same pre-training is waited for. Seals ``base/`` (diffusers' layout, float16, with a model card). ``on_event`` hears the phase, ``vae`` or ``unet``, and
     what ``run_loop`` reports.
     """
     identity = identify_pretrain(config, pairs, maps)
@@ -81,19 +82,41 @@ def run_pretrain(
     if sealed is not None:
         return sealed
     from prompt_diffusion.engine.distributed import join_world
+    from prompt_diffusion.engine.ownership import own_stage
+
+    with (
+        join_world("cpu", resources.threads_per_process, is_alone=True) as world,
+        own_stage(identity.uri(store_root), world) as check_owner,
+    ):
+        sealed = find_sealed(identity, store_root)  # another run may have ended it while this one waited
+        return sealed or _pretrain(config, pairs, maps, store_root, resources, on_event, world, check_owner)
+
+
+def _pretrain(
+    config: PretrainConfig,
+    pairs: ManifestRef,
+    maps: Mapping[str, ManifestRef],
+    store_root: str,
+    resources: TrainResources,
+    on_event: Callable[[str, dict[str, Any]], None] | None,
+    world: "World",
+    check_owner: Callable[[], None],
+) -> ManifestRef:
     from prompt_diffusion.pretraining.train import pretrain_base
 
+    identity = identify_pretrain(config, pairs, maps)
     by_kind, captions = read_pictures(pairs, maps, "train")
-    with join_world("cpu", resources.threads_per_process) as world:
-        base = pretrain_base(
-            config,
-            by_kind,
-            captions,
-            lambda phase: join_uri(identity.uri(store_root), "checkpoints", phase),
-            resources,
-            world,
-            lambda phase: lambda event: on_event(phase, event) if on_event else None,
-        )
+    base = pretrain_base(
+        config,
+        by_kind,
+        captions,
+        lambda phase: join_uri(identity.uri(store_root), "checkpoints", phase),
+        resources,
+        world,
+        lambda phase: lambda event: on_event(phase, event) if on_event else None,
+        check_owner,
+    )
+    check_owner()
     held_out, texts = read_pictures(pairs, maps, "validation")
     with tempfile.TemporaryDirectory() as folder:
         write_base(

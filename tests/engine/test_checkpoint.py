@@ -187,7 +187,7 @@ def test_the_error_that_ends_a_run_is_not_hidden_by_the_writers(tmp_path, caplog
 _LONG_WRITES = """
 import sys
 from pathlib import Path
-from tests.training.test_checkpoint import Line, run_line
+from tests.engine.test_checkpoint import Line, run_line
 run_line(Path(sys.argv[1]), Line(6_000_000), num_steps=1_000_000)
 """
 

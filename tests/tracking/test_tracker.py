@@ -234,7 +234,7 @@ from pathlib import Path
 from prompt_diffusion.settings import Settings
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.tracking.tracker import RunTracker
-from tests.test_tracking import DEAD_URI, make_event
+from tests.tracking.test_tracker import DEAD_URI, make_event
 
 identity = StageIdentity.model_validate_json(sys.argv[1])
 tracker = RunTracker(Settings(tracking_uri=DEAD_URI, cache_dir=Path(sys.argv[2])), "dies", identity)
