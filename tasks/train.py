@@ -13,6 +13,7 @@ from prompt_diffusion.registry import RunTracker
 from prompt_diffusion.settings import load_settings
 from prompt_diffusion.store.manifest import ManifestRef, find_sealed
 from prompt_diffusion.tracking.facts import flatten
+from prompt_diffusion.tracking.finishing import finish_run
 from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.encode import (
     EncodeConfig,
@@ -80,6 +81,7 @@ def train(config: TrainConfig, inputs: TrainInputs, store: str, resources: Train
     identity = identify_train(config, inputs)
     sealed = find_sealed(identity, store)
     if sealed is not None:
+        finish_run(load_settings(), sealed)  # the process that sealed it may not have come to that
         return sealed
     name = name_training(config)
     log_event = log_training(name)

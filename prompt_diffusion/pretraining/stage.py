@@ -74,7 +74,8 @@ def run_pretrain(
 ) -> ManifestRef:
     """Train the base on the train split, in this process, resuming from checkpoints; score it on validation; seal it.
 
-    Another run of the same pre-training is waited for. Seals ``base/`` (diffusers' layout, float16, with a model card). ``on_event`` hears the phase, ``vae`` or ``unet``, and
+    Another run of the same pre-training is waited for.
+    Seals ``base/`` (diffusers' layout, float16, with a model card). ``on_event`` hears the phase, ``vae`` or ``unet``, and
     what ``run_loop`` reports.
     """
     identity = identify_pretrain(config, pairs, maps)

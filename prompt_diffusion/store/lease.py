@@ -79,7 +79,8 @@ class Lease:
     def describe_holder(self) -> str:
         """Return who was found to hold the folder at the last look, for people."""
         record = _parse(self._seen[1]) if self._seen else {}
-        return f"process {record.get('process', '?')} on {record.get('host', 'an unknown machine')}, since {record.get('since', '?')}"
+        process, host, since = (record.get(key, "?") for key in ("process", "host", "since"))
+        return f"process {process} on {host}, since {since}"
 
     def check(self) -> None:
         """Raise LeaseLostError where another run has taken over; OSError where that cannot be found out."""

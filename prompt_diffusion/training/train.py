@@ -57,7 +57,8 @@ def run_train(
 ) -> ManifestRef | None:
     """Train to the last step, resuming from the newest checkpoint, and seal; every process of the world calls it.
 
-    Another run of the same training is waited for. Returns the sealed reference on the main process, None on the others. Seals ``pipeline/`` (diffusers' layout),
+    Another run of the same training is waited for.
+    Returns the sealed reference on the main process, None on the others. Seals ``pipeline/`` (diffusers' layout),
     ``losses.parquet`` (step, vision_task, loss, num_samples), ``config.json`` and ``grid.png`` (validation samples).
     """
     identity = identify_train(config, inputs)
