@@ -22,7 +22,10 @@ def finish_run(settings: Settings, model: ManifestRef) -> None:
     """
     outbox = Outbox(find_folder(settings), model.fingerprint)
     try:
-        if not outbox.path.exists() and not _is_unfinished(settings, model.fingerprint):
+        if outbox.path.exists():
+            if any(record.get("status") == "FINISHED" for record in outbox.read(0)[0]):
+                return  # it is ended there, and delivered with the rest
+        elif not _is_unfinished(settings, model.fingerprint):
             return
         manifest = open_manifest(model.uri)
         outbox.open()
