@@ -49,6 +49,13 @@ class BenchmarkTable(FrozenModel):
         return next((t for t in self.trivial if t.baseline == baseline and t.vision_task == vision_task), None)
 
     @property
+    def training(self) -> str:
+        """The fingerprint of the joint model's training; empty where the table says none."""
+        fingerprints: dict[str, str] = self.provenance.get("fingerprints", {})
+        ours = (value for name, value in fingerprints.items() if name.startswith("model / Prompt Diffusion"))
+        return next(ours, "")
+
+    @property
     def vision_tasks(self) -> list[str]:
         """The vision tasks that have cells, in the order of the paper's table."""
         present = {cell.vision_task for cell in self.cells}
@@ -140,8 +147,11 @@ def read_table(uri: str) -> BenchmarkTable:
     return BenchmarkTable.model_validate_json(open_manifest(uri).read_file(TABLE_FILE))
 
 
-def find_newest_table(store_root: str) -> BenchmarkTable:
-    """Return the table made last, by the time it says itself; ValueError where no benchmark is sealed."""
+def find_newest_table(store_root: str, training: str | None = None) -> BenchmarkTable:
+    """Return the table made last, by the time it says itself, or the last of a training, by the beginning of its fingerprint.
+
+    ValueError where no benchmark is sealed, and none of that training, which names the trainings that have one.
+    """
     root = join_uri(store_root, STAGE)
     folders = [
         path.removesuffix(f"/{MANIFEST_NAME}") for path in list_files(root) if path.endswith(f"/{MANIFEST_NAME}")
@@ -149,6 +159,13 @@ def find_newest_table(store_root: str) -> BenchmarkTable:
     if not folders:
         raise ValueError(f"there is no table in the store {store_root}: no benchmark is sealed there yet")
     tables = [read_table(join_uri(root, folder)) for folder in folders]
+    if training is not None:
+        trainings = sorted({table.training for table in tables})
+        tables = [table for table in tables if table.training.startswith(training)]
+        if not tables:
+            raise ValueError(
+                f"there is no table of training {training} in the store {store_root}: there are those of {', '.join(trainings)}"
+            )
     return max(tables, key=lambda table: datetime.fromisoformat(table.provenance["created"]))
 
 
