@@ -44,9 +44,12 @@ def test_the_second_waits_until_the_first_is_out_and_says_for_whom(
 def test_who_waits_can_be_stopped(tmp_path: Path) -> None:
     world = World()
     world.stop_requested.set()
-    with own_stage(str(tmp_path), World()):
-        with pytest.raises(Stopped, match="another run makes"), own_stage(str(tmp_path), world):
-            pytest.fail("it went in")
+    with (
+        own_stage(str(tmp_path), World()),
+        pytest.raises(Stopped, match="another run makes"),
+        own_stage(str(tmp_path), world),
+    ):
+        pytest.fail("it went in")
     assert not world.stop_requested.is_set()
 
 
@@ -58,8 +61,9 @@ def test_a_run_that_was_followed_drops_and_writes_no_checkpoint(tmp_path: Path) 
     folder = str(tmp_path / "checkpoints")
     with CheckpointWriter(folder, 10, TrainResources()) as writer:
         writer.save(weights, [], Progress(step=1), {})
-    with pytest.raises(LeaseLostError), CheckpointWriter(folder, 10, TrainResources(), refuse) as writer:
-        writer.save(weights, [], Progress(step=2), {})
+    writer = CheckpointWriter(folder, 10, TrainResources(), refuse)
+    writer.save(weights, [], Progress(step=2), {})
+    with pytest.raises(LeaseLostError):
         writer.wait()
     assert list_checkpoints(folder) == ["step-00000001"]
 

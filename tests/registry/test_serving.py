@@ -146,6 +146,7 @@ def test_base64_may_have_line_breaks(pyfunc, row):
 
 
 def test_models_of_others_in_the_same_process_keep_mlflows_own_manners(pyfunc):
+    import mlflow
     from mlflow.types.schema import ParamSchema, ParamSpec
 
     theirs = ParamSchema([ParamSpec("temperature", "double", 1.0)])
