@@ -36,7 +36,7 @@ class BenchmarkTable(FrozenModel):
     in_context: InContextResult
     """Which map comes out when the example pair alone decides."""
     seconds: dict[str, float]
-    """By stage, in the run that made this table; a stage that was sealed before costs its look-up only."""
+    """By stage, in the run that made this table: a sealed stage costs its look-up, a resumed one what was left of it."""
     provenance: dict[str, Any]
     """When, from which fingerprints, with which configurations and library versions."""
 
