@@ -32,7 +32,7 @@ def own_stage(
         yield _do_nothing if lease is None else lease.check
     finally:
         if lease is not None:
-            lease.release(is_finished=is_sealed(folder))
+            lease.release(is_finished=_is_finished(folder))
 
 
 def _wait(lease: Lease | None, folder: str, world: World) -> None:
@@ -52,6 +52,13 @@ def _wait(lease: Lease | None, folder: str, world: World) -> None:
             logger.info("another run makes %s (%s): waiting for it", folder, lease.describe_holder())
             has_said = True
         world.stop_requested.wait(_SECONDS_BETWEEN_LOOKS)
+
+
+def _is_finished(folder: str) -> bool:
+    try:
+        return is_sealed(folder)
+    except OSError:  # the store is away: what ended the block counts, not that
+        return False
 
 
 def _do_nothing() -> None:

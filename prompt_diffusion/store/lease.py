@@ -97,7 +97,7 @@ class Lease:
         if not self._number:
             return
         self._closing.set()
-        self._heart.join()
+        self._heart.join(self.beat_seconds)  # a store that is away would hold it for minutes
         try:
             if not self._is_lost and not is_finished:
                 self._record["is_released"] = True
