@@ -40,9 +40,9 @@ def _wait(lease: Lease | None, folder: str, world: World) -> None:
     has_said = False
     while True:
         is_held = lease is not None and lease.try_acquire()
-        # summed, so that every process leaves at the same time
+        # reduced, so that every process leaves at the same time
         state = torch.tensor([float(is_held), float(world.stop_requested.is_set())])
-        world.sum_in_place(state)
+        world.all_reduce(state)
         if state[0] > 0:
             return
         if state[1] > 0:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prompt_diffusion.engine.checkpoint import Progress, list_checkpoints
+from prompt_diffusion.engine.checkpoint import TrainState, list_checkpoints
 from prompt_diffusion.engine.checkpoint_writer import CheckpointWriter
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.engine.distributed import World, join_world
@@ -60,9 +60,9 @@ def test_a_run_that_was_followed_drops_and_writes_no_checkpoint(tmp_path: Path) 
     weights = {"weight": torch.nn.Parameter(torch.zeros(2))}
     folder = str(tmp_path / "checkpoints")
     with CheckpointWriter(folder, 10, TrainResources()) as writer:
-        writer.save(weights, [], Progress(step=1), {})
+        writer.save(weights, [], TrainState(step=1), {})
     writer = CheckpointWriter(folder, 10, TrainResources(), refuse)
-    writer.save(weights, [], Progress(step=2), {})
+    writer.save(weights, [], TrainState(step=2), {})
     with pytest.raises(LeaseLostError):
         writer.wait()
     assert list_checkpoints(folder) == ["step-00000001"]
@@ -84,7 +84,7 @@ def test_a_damaged_state_falls_back_to_the_checkpoint_before(tmp_path: Path, dam
     model, folder = Model(), str(tmp_path)
     with CheckpointWriter(folder, 10, TrainResources()) as writer:
         for step in (1, 2):
-            model.save(writer, Progress(step=step, seconds=12.5))
+            model.save(writer, TrainState(step=step, seconds=12.5))
     newest = tmp_path / "step-00000002"
     state = newest / "state.json"
     text = state.read_text()

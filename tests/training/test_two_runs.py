@@ -15,7 +15,7 @@ def test_of_two_runs_at_once_one_trains_and_both_return_what_it_sealed(
     assert [process.wait() for process in both] == [0, 0]
     assert sorted(any("step" in event for event in each) for each in events) == [False, True]
     assert events[0][-1] == events[1][-1]
-    assert events[0][-1].keys() == {"sealed"}
+    assert events[0][-1]["kind"] == "sealed"
     _check(whole, tiny_config, train_inputs, tmp_path)
 
 
