@@ -1,43 +1,38 @@
 """Pixels in and out: any image file to uint8 RGB, one Lanczos resize, and the value range that the models see."""
 
 import io
-import struct
-import zlib
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from prompt_diffusion.image_files import DECODER_ERRORS, MAX_PIXELS, check_format, open_image
+
 if TYPE_CHECKING:
     import torch
 
 Pixels = NDArray[np.uint8]
 
-MAX_PIXELS = 64 * 1024 * 1024
 _SAME_SHAPE = 1.02  # the most that two aspects may differ in a pair
-# What Pillow's decoders raise on damaged data, beside OSError: each format's parser has its own way to stumble.
-_DECODER_ERRORS = (
-    OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, OverflowError, AttributeError, MemoryError,
-    struct.error, zlib.error, Image.DecompressionBombError,
-)  # fmt: skip
 
 
 def decode_image(data: bytes) -> Pixels:
     """Decode an image file to uint8 RGB (H, W, 3), turned as its EXIF says, alpha over white, 16 bit scaled to 8.
 
-    ValueError, in one sentence, for what is empty, damaged, truncated, animated or larger than 64 megapixels.
+    ValueError, in one sentence, for what is empty, damaged, truncated, animated, larger than 64 megapixels, or of a format
+    that is not taken (``IMAGE_FORMATS``).
     """
     if not data:
         raise ValueError("the image is empty")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             _check_header(image)
             image.load()
             return normalise_image(image)
     except _RefusedImageError:
         raise
-    except _DECODER_ERRORS as error:
+    except DECODER_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         # Pillow names the buffer's address, which would differ from run to run.
         reason = "not an image file" if "cannot identify" in reason else reason
@@ -60,6 +55,7 @@ def _check_header(image: Image.Image) -> None:
 
 def normalise_image(image: Image.Image) -> Pixels:
     """Return any Pillow mode as uint8 RGB (H, W, 3), as ``decode_image`` says; ValueError for pixels of an unknown range."""
+    check_format(image)
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise _RefusedImageError("the image has floating-point pixels, whose range is not known")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any, Protocol
 
 from prompt_diffusion.data.records import ImagePair, Split
@@ -62,10 +63,13 @@ def load_picture(data: bytes, image_size: int | None) -> bytes:
 
 
 def read_file(uri: str, name: str) -> bytes:
-    """Return a file of a sample; ValueError names it, relative to its source, where there is none.
+    """Return a file of a sample; ValueError names it, relative to its source, where there is none, or it lies elsewhere.
 
     Other errors of the store pass: a lost connection must not become a reject that stays.
     """
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or "://" in name:
+        raise ValueError(f"{name} does not lie in the folder of its source")
     try:
         return read_bytes(uri)
     except FileNotFoundError as error:
