@@ -30,7 +30,7 @@ class DropoutConfig(FrozenModel):
 class SamplingConfig(FrozenModel):
     """How pictures are made with the model: in its validation grid, and where a call of its pipeline does not say."""
 
-    num_inference_steps: int = Field(default=50, ge=1)
+    num_inference_steps: int = Field(default=50, ge=1, le=1000)
     """Denoising steps."""
     guidance_scale: float = Field(default=7.5, ge=1.0)
     """Guidance weight; 1 is no guidance. The grid's image-to-map rows have none."""
@@ -68,9 +68,9 @@ class TrainConfig(FrozenModel):
     """Train the UNet's decoder beside the ControlNet, as published (the flag that should lock it is inverted)."""
     sampling: SamplingConfig = SamplingConfig()
     """How pictures are made with the model; saved with it."""
-    batch_size: int = Field(default=512, ge=1)
+    batch_size: int = Field(default=512, ge=1, le=1_000_000)
     """Samples a step in all, over every process and micro-batch."""
-    num_steps: int = Field(default=5000, ge=1)
+    num_steps: int = Field(default=5000, ge=1, le=1_000_000_000)
     """Optimizer steps."""
     seed: int = 0
     """Seed of the sample order, the noise and the new weights."""
