@@ -1,8 +1,8 @@
 """The one base of everything that is written down once and never changed: configurations, requests, references."""
 
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class FrozenModel(BaseModel):
@@ -13,26 +13,32 @@ class FrozenModel(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
-    @field_validator("*", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _refuse_truth_values(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401 - any field's value
-        """Refuse `true` where a number is asked for, which Python takes for 1."""
-        assert info.field_name is not None
-        if _holds_truth(value) and _is_plain_number(cls.model_fields[info.field_name].annotation):
-            raise ValueError("Input should be a number, not true or false")
-        return value
+    def _name_truth_values(cls, content: Any) -> Any:  # noqa: ANN401 - whatever a caller gives
+        """Have `true` refused where a number is asked for, which pydantic takes for 1: as a word it is none."""
+        if not isinstance(content, dict):
+            return content
+        fields = cls.model_fields
+        return {
+            name: _name_truth(value) if name in fields and _is_of_numbers(fields[name].annotation) else value
+            for name, value in content.items()
+        }
 
 
-def _holds_truth(value: Any) -> bool:  # noqa: ANN401
-    if isinstance(value, dict | list | tuple):
-        return any(_holds_truth(each) for each in (value.values() if isinstance(value, dict) else value))
-    return isinstance(value, bool)
+def _name_truth(value: Any) -> Any:  # noqa: ANN401
+    if isinstance(value, dict):
+        return {key: _name_truth(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_name_truth(each) for each in value]
+    return str(value).lower() if isinstance(value, bool) else value
 
 
-def _is_plain_number(annotation: Any) -> bool:  # noqa: ANN401 - a type
-    """Say whether a field's type is made of numbers and texts alone, in any container: no truth value and no model in it."""
+def _is_of_numbers(annotation: Any) -> bool:  # noqa: ANN401 - a type
+    """Say whether a field's type is made of numbers alone, in any container: no truth value and no model in it."""
     inner = get_args(annotation)
     if not inner:
         return annotation in (int, float)
-    kinds = [each for each in inner if each not in (type(None), str, Ellipsis)]
-    return bool(kinds) and all(_is_plain_number(each) for each in kinds)
+    values = inner[1:] if get_origin(annotation) is dict else inner
+    kinds = [each for each in values if each not in (type(None), Ellipsis)]
+    return bool(kinds) and all(_is_of_numbers(each) for each in kinds)

@@ -1,6 +1,6 @@
 """How large an image an annotator sees: what is larger is shrunk before, and its map enlarged again.
 
-A network's memory grows with the pixels (HED's by 1.4 kB a pixel), and a file of eight kilobytes may hold 64 megapixels.
+A network's memory grows with the pixels (HED's by 0.6 kB a pixel), and a file of eight kilobytes may hold 64 megapixels.
 """
 
 import logging

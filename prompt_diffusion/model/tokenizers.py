@@ -23,8 +23,8 @@ def check_tokenizer(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, where
     config = text_encoder.config
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"{where}: the tokenizer has {len(tokenizer)} tokens, and the text encoder knows {config.vocab_size}: it is another "
-            "model's"
+            f"{where}: the tokenizer has {len(tokenizer)} tokens, and the text encoder knows {config.vocab_size}: it is "
+            "another model's"
         )
     if tokenizer.model_max_length > config.max_position_embeddings:
         raise ValueError(

@@ -244,7 +244,7 @@ def test_a_tokenizer_that_is_none_is_one_sentence(folder, name, content):
 def test_a_tokenizer_of_189_megabytes_is_not_read(folder):
     with (folder / "tokenizer" / "tokenizer.json").open("ab") as file:
         file.truncate(189 << 20)
-    with pytest.raises(ValueError, match="tokenizer.json has 189 MB, and up to 32 MB are read"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json has 189 MB, and up to 32 MB are read"):
         load_pipeline(folder)
 
 
