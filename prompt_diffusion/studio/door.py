@@ -9,6 +9,7 @@ import base64
 import binascii
 import ipaddress
 import json
+import logging
 import os
 import secrets
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from prompt_diffusion.studio.limits import MAX_BODY_BYTES, MAX_FILES, MAX_FOLDER
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+logger = logging.getLogger(__name__)
 
 _API = "/gradio_api"
 _PAGE = ("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt")
@@ -96,6 +99,7 @@ class Door:
                 raise _RefusedError(404, "the page uses no such connection")
             body = await self._examine(scope, receive)
         except _RefusedError as refused:
+            logger.warning("refused %s %.200r: %s", scope.get("method", ""), scope["path"], refused.reason)
             await _answer(send_guarded, refused)
             return
         await self._app(scope, receive if body is None else _replay(body, receive), send_guarded)

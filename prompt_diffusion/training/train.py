@@ -96,7 +96,7 @@ def run_train(
     pipeline = PromptDiffusionPipeline.from_parts(
         base, controlnet.eval(), sampling.num_inference_steps, sampling.guidance_scale, default_image_size=len(shown)
     ).to("cpu", memory_format=torch.contiguous_format)
-    return _seal_model(config, identity, store_root, pipeline, progress, grid)
+    return _seal_model(config, identity, store_root, pipeline, progress, grid, world.size)
 
 
 def build_controlnet(config: TrainConfig, base: Base) -> PromptDiffusionControlNet:
@@ -155,6 +155,7 @@ def _seal_model(
     pipeline: PromptDiffusionPipeline,
     progress: Progress,
     grid: bytes,
+    num_processes: int,
 ) -> ManifestRef:
     with tempfile.TemporaryDirectory() as folder:
         pipeline.save_pretrained(folder, safe_serialization=True)
@@ -169,6 +170,7 @@ def _seal_model(
         "steps": progress.step,
         "samples": progress.step * config.batch_size,
         "skipped_steps": progress.num_skipped,
+        "processes": num_processes,  # no part of the identity, though sums over other shares round otherwise
     }
     return seal_manifest(identity, store_root, files, counts=counts)
 
