@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from prompt_diffusion.data.dataset import Dataset, InContextData, Side
 from prompt_diffusion.data.records import Split
 from prompt_diffusion.engine.config import TrainResources
+from prompt_diffusion.engine.events import Event
 from prompt_diffusion.model.references import DEMO_BASE_FOLDER
 from prompt_diffusion.pretraining.config import PretrainConfig
 from prompt_diffusion.store.fingerprint import StageIdentity
@@ -61,7 +62,7 @@ class PretrainProgress(Progress):
 
     phase: str
     """``vae`` or ``unet``."""
-    event: dict[str, Any]
+    event: Event
 
 
 @dataclass(frozen=True)

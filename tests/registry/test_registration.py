@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import prompt_diffusion
+from prompt_diffusion.engine.events import ValidationEvent
 from prompt_diffusion.registry import (
     ModelFacts,
     RunTracker,
@@ -265,14 +266,14 @@ def test_registration_first_delivers_what_the_training_could_not(model, settings
     away = settings.model_copy(update={"tracking_uri": "http://127.0.0.1:1"})
     identity = open_manifest(model.uri).identity
     with RunTracker(away, "joint", identity) as tracker:
-        tracker.log_event({"step": 1, "num_steps": 1, "loss": 0.5, "losses": {"image_to_hed": 0.5}})
+        tracker.log_event(ValidationEvent(step=1, num_steps=1, loss=0.5, is_best=True))
         tracker.finish(model, limit_seconds=0.1)
     assert tracker.outbox.path.exists()
     run_id = register_model(model, settings).run_id
     assert not tracker.outbox.path.exists()
     run = connect(settings).get_run(run_id)
     assert run.data.tags["fingerprint"] == model.fingerprint
-    assert [(p.step, p.value) for p in connect(settings).get_metric_history(run_id, "loss")] == [(1, 0.5)]
+    assert [(p.step, p.value) for p in connect(settings).get_metric_history(run_id, "validation/loss")] == [(1, 0.5)]
     assert {"grid.png", "losses.parquet", "models"} <= {file.path for file in connect(settings).list_artifacts(run_id)}
 
 
