@@ -40,6 +40,11 @@ def parse_overrides(texts: list[str]) -> dict[str, Any]:
                     f"and single quotes around it, --set '{key}={_requote(value)}'"
                 ) from None
             overrides[key] = value
+        except (
+            RecursionError,
+            ValueError,
+        ) as error:  # nested a thousand levels deep, or a number of thousands of digits
+            raise ValueError(f"--set {key}: its value is no JSON that can be read ({error})") from None
     return overrides
 
 
