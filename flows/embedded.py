@@ -109,7 +109,8 @@ def embedded_server(home: Path) -> Iterator[None]:
 def _serve(port: int, log: Path) -> Iterator[None]:
     """Run the server's process for the time of the block."""
     environment = os.environ | get_current_settings().to_environment_variables(exclude_unset=True)
-    command = [sys.executable, "-m", "flows.server", str(port)]
+    # -P: what lies in the current folder, such as a user's own flows.py or random.py, is not imported
+    command = [sys.executable, "-P", "-m", "flows.server", str(port)]
     with log.open("wb") as sink:
         # A session of its own: the terminal's Ctrl-C is for the flows.
         server = subprocess.Popen(

@@ -2,8 +2,10 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
+from importlib.machinery import PathFinder
 from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
@@ -33,6 +35,23 @@ def parse_overrides(texts: list[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             overrides[key] = value
     return overrides
+
+
+@contextmanager
+def need_flows() -> Iterator[None]:
+    """Say in one sentence, where the block imports the flows, that they are in the repository and in no wheel."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in ("flows", "tasks"):
+            raise
+        found = PathFinder.find_spec(package)
+        other = f" ({found.origin} is another '{package}')" if found is not None and found.origin else ""
+        raise ValueError(
+            f"this command runs the flows of the repository, which an installed package does not bring{other}: git clone the "
+            "repository and run `make demo` there once, then this command as .venv/bin/prompt-diffusion"
+        ) from None
 
 
 def say_errors(command: Callable[P, R]) -> Callable[P, R]:
