@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from prompt_diffusion.cli.files import check_out, read_image_file, write_file
+from prompt_diffusion.cli.files import check_out, read_image, write_file
 from prompt_diffusion.cli.shared import StoreOption, say_errors
 
 weights_app = typer.Typer(
@@ -57,7 +57,7 @@ def annotate(
     from prompt_diffusion.store.storage import join_uri
 
     check_out(out, force)
-    pixels = decode_image(read_image_file(image))
+    pixels = decode_image(read_image(image))
     pixels = pixels if size is None else resize_image(pixels, size)
     mirrored = join_uri(store or load_settings().store, MIRROR)
     resources = AnnotateResources(weights=place, weights_mirror=mirrored, device=device)

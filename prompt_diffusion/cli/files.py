@@ -6,15 +6,11 @@ from pathlib import Path
 from prompt_diffusion.store.local_files import temporary_file
 
 
-def read_image_file(path: Path) -> bytes:
+def read_image(path: Path) -> bytes:
     """Return an image file's bytes; ValueError names the file that is not there or cannot be decoded."""
-    from prompt_diffusion.data.transforms import decode_image
+    from prompt_diffusion.data.transforms import decode_image, read_image_file
 
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, not an image file")
-    if not path.exists():
-        raise ValueError(f"there is no image file {path}")
-    data = path.read_bytes()
+    data = read_image_file(path)
     try:
         decode_image(data)
     except ValueError as error:

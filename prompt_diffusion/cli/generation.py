@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 from typer.core import TyperCommand
 
-from prompt_diffusion.cli.files import check_out, read_image_file, write_file
+from prompt_diffusion.cli.files import check_out, read_image, write_file
 from prompt_diffusion.cli.progress import show_steps
 from prompt_diffusion.cli.shared import say_errors
 
@@ -160,7 +160,7 @@ def settings(
     """
     from prompt_diffusion.generation import read_record
 
-    data = read_image_file(image)
+    data = read_image(image)
     try:
         record = read_record(data)
     except ValueError as error:
@@ -194,8 +194,8 @@ def _make(
     outs = [out] if len(requests) == 1 else [out.with_stem(f"{out.stem}-{request.seed}") for request in requests]
     for path in (*outs, *([map_out] if map_out else [])):
         check_out(path, is_forced)
-    examples = [(read_image_file(source), read_image_file(target)) for source, target in pairs]
-    image = read_image_file(query)
+    examples = [(read_image(source), read_image(target)) for source, target in pairs]
+    image = read_image(query)
     made = []
     for path, generation in zip(outs, _run(requests, image, examples, device), strict=True):
         write_file(path, encode_result(generation.image, generation.record))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def load(
-    reference: str, settings: Settings | None = None, device: str = "cpu", dtype: "torch.dtype | None" = None
+    reference: str, settings: Settings | None = None, device: str = "cpu", dtype: "str | torch.dtype | None" = None
 ) -> "PromptDiffusionPipeline":
     """Load a pipeline.
 
@@ -30,8 +30,8 @@ def load(
         reference: ``models:/name@alias``, ``models:/name/3``, ``models:/name`` (its champion, or its challenger as long as
             there is no champion), a folder in diffusers' layout, or a hub's repository (``name`` or ``name@revision``).
         settings: Where the registry and the cache are; None reads the environment.
-        device: A torch device.
-        dtype: What to compute in; None is float32.
+        device: A torch device; ``auto`` takes a GPU where there is one.
+        dtype: What to compute in, a type of torch or its name; None is float32.
 
     Raises:
         ValueError: In one sentence, a reference that leads nowhere, a registry that does not answer, or files that are not
