@@ -16,7 +16,7 @@ from prompt_diffusion.data.sources.instruct_pix2pix import InstructPix2PixConfig
 from prompt_diffusion.data.sources.scenes import ScenesConfig
 from prompt_diffusion.engine.config import NoiseConfig, OptimizerConfig, TrainResources
 from prompt_diffusion.evaluation.config import EvaluateConfig
-from prompt_diffusion.frozen import FrozenModel
+from prompt_diffusion.frozen import FrozenModel, say_first_error
 from prompt_diffusion.model.references import DEMO_BASE
 from prompt_diffusion.training.config import DropoutConfig, SamplingConfig, TrainConfig
 from prompt_diffusion.training.encode import EncodeConfig, EncodeResources
@@ -295,10 +295,7 @@ def build_preset(name: str, overrides: Mapping[str, Any] | None = None) -> RunCo
     try:
         return RunConfig.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or name
-        message = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{place}: {message}, got {_shorten(first['input'])}") from None
+        raise ValueError(say_first_error(error, whole=name)) from None
 
 
 def _override(content: dict[str, Any], key: str, value: Any) -> None:  # noqa: ANN401 - any field's value
@@ -323,8 +320,3 @@ def _override(content: dict[str, Any], key: str, value: Any) -> None:  # noqa: A
                 inner[part] = list(inner[part])
             inner = inner[part]
     inner[int(last) if isinstance(inner, list) else last] = value
-
-
-def _shorten(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -4,7 +4,6 @@ A checkpoint is a folder ``checkpoints/step-00000500/`` whose ``state.json`` is 
 rest: without it, or with a digest that does not fit, the folder does not count.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -26,6 +25,7 @@ from torch.optim import Optimizer
 from prompt_diffusion.engine.config import OptimizerConfig
 from prompt_diffusion.engine.optimizer import estimate_state_bytes
 from prompt_diffusion.store import storage
+from prompt_diffusion.store.digest import digest_file
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ def restore_checkpoint(
         state = json.loads(storage.read_bytes(storage.join_uri(uri, _STATE_FILE)))
         digests = state.pop("digests")
         with _fetch(uri, digests) as files:
-            damaged = [file for file, path in files.items() if _compute_digest(path) != digests[file]]
+            damaged = [file for file, path in files.items() if digest_file(path) != digests[file]]
             if damaged:
                 logger.warning("checkpoint %s is damaged (%s): taking the one before", uri, ", ".join(damaged))
                 continue
@@ -182,7 +182,7 @@ def _write_tensors(uri: str, tensors: Mapping[str, Tensor]) -> str:
         raise OSError(f"cannot write {uri}: {error}") from error
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return _compute_digest(path)
+    return digest_file(path)
 
 
 @contextmanager
@@ -197,11 +197,6 @@ def _fetch(uri: str, names: Collection[str]) -> Iterator[dict[str, Path]]:
             with storage.open_input(storage.join_uri(uri, name)) as source, Path(scratch, name).open("wb") as copy:
                 shutil.copyfileobj(source, copy, 1 << 24)
         yield {name: Path(scratch, name) for name in names}
-
-
-def _compute_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_tensors(path: Path | None) -> Iterator[tuple[str, Tensor]]:

@@ -14,8 +14,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from prompt_diffusion.data.transforms import Pixels, decode_image, encode_png
-from prompt_diffusion.frozen import FrozenModel
-from prompt_diffusion.generation.request import GenerationRequest, say_first
+from prompt_diffusion.frozen import FrozenModel, say_first_error
+from prompt_diffusion.generation.request import GenerationRequest
 
 SETTINGS_KEY = "prompt-diffusion"
 """The keyword of the text chunk."""
@@ -57,4 +57,4 @@ def read_record(png: bytes) -> GenerationRecord:
     try:
         return GenerationRecord.model_validate_json(text)
     except ValidationError as error:
-        raise ValueError(f"the settings in the image cannot be read: {say_first(error)}") from None
+        raise ValueError(f"the settings in the image cannot be read: {say_first_error(error)}") from None

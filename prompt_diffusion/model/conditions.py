@@ -20,13 +20,13 @@ class Conditions:
 
     queries: Tensor
     """N, 3, H, W."""
-    pairs: list[Tensor] | None
+    example_pairs: list[Tensor] | None
     """K tensors of N (or 1), 6, H, W: source, then target."""
 
     @property
     def num_pairs(self) -> int:
         """Example pairs of the batch: 1 where they are shared."""
-        return max((len(pair) for pair in self.pairs or []), default=1)
+        return max((len(pair) for pair in self.example_pairs or []), default=1)
 
 
 def read_conditions(query: Images, example_pair: ExamplePairs, height: int, width: int, stride: int) -> Conditions:

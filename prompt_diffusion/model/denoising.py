@@ -65,8 +65,10 @@ def compute_features(
     num_images_per_prompt: int,
 ) -> Tensor:
     """Return the stems' features, N, C, h, w, each pair and query seen once."""
-    pairs = None if conditions.pairs is None else [pair.to(device, dtype) for pair in conditions.pairs]
-    features: Tensor = controlnet.compute_condition_features(pairs, conditions.queries.to(device, dtype))
+    example_pairs = (
+        None if conditions.example_pairs is None else [pair.to(device, dtype) for pair in conditions.example_pairs]
+    )
+    features: Tensor = controlnet.compute_condition_features(example_pairs, conditions.queries.to(device, dtype))
     if len(features) != count:
         features = features.expand(count, -1, -1, -1)
     if num_images_per_prompt > 1:

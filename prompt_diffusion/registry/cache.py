@@ -17,8 +17,8 @@ from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
-from prompt_diffusion.model.digest import digest_file
 from prompt_diffusion.model.references import FILES
+from prompt_diffusion.store.digest import digest_file
 from prompt_diffusion.store.fingerprint import compute_digest
 
 logger = logging.getLogger(__name__)

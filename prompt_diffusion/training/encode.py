@@ -112,7 +112,7 @@ def run_encode_text(
         table = manifest.read_shard(manifest.shards[index], ["edited_prompt"])
         captions = list(number_captions(table["edited_prompt"].to_pylist()))
         return arrays_table(
-            {"caption": captions}, {"embedding": encode_texts(base(), captions, resources.batch_size)}
+            {"caption": captions}, {"embedding": embed_captions(base(), captions, resources.batch_size)}
         ), []
 
     return run_sharded_stage(
@@ -149,7 +149,7 @@ def encode_posterior(vae: Any, images: Pixels, batch_size: int = 32) -> tuple[Fl
     return np.concatenate(means), np.concatenate(stds)
 
 
-def encode_texts(base: "Base", texts: Sequence[str], batch_size: int = 32) -> Floats:
+def embed_captions(base: "Base", texts: Sequence[str], batch_size: int = 32) -> Floats:
     """Return text embeddings, float32 N, L, C."""
     parts = [
         base.encode_text(texts[start : start + batch_size]).cpu().numpy() for start in range(0, len(texts), batch_size)

@@ -1,4 +1,4 @@
-"""What users of diffusers bring along: its arguments by its names, its mixins, and mistakes that are answered in one sentence."""
+"""What users of diffusers bring along: its arguments by its names, its mixins, and a sentence for each mistake."""
 
 import sys
 

@@ -22,6 +22,7 @@ from prompt_diffusion.data.sources.base import (
     read_file,
 )
 from prompt_diffusion.data.sources.parquet_rows import ParquetRowsSource
+from prompt_diffusion.frozen import say_first_error
 from prompt_diffusion.store.manifest import Reject
 from prompt_diffusion.store.storage import exists, join_uri, list_files, read_bytes
 
@@ -62,8 +63,7 @@ class FolderSource:
         try:
             groups = _SEEDS.validate_json(read_bytes(join_uri(self.uri, "seeds.json")))
         except ValidationError as error:
-            first = error.errors()[0]
-            raise ValueError(f"{self.uri}/seeds.json is broken at {first['loc']}: {first['msg']}") from error
+            raise ValueError(f"{self.uri}/seeds.json is broken at {say_first_error(error)}") from None
         return [
             SampleKey(f"{group}/{seed}", group, _read_seed(seed), file=group)
             for group, seeds in groups[: self.num_groups]
