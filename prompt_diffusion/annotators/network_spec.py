@@ -54,7 +54,7 @@ class NetworkAnnotator:
 def define_network(
     name: str, condition: Condition, build_infer: BuildInfer, weights: PublishedWeights, version: int = 1
 ) -> AnnotatorSpec:
-    """Return the row of a network whose weights are read, checked and handed to `build_infer` when it is built."""
+    """Return the row of a network whose weights are read, checked and handed to ``build_infer`` when it is built."""
 
     def build(spec: AnnotatorSpec, digest: str, resources: AnnotateResources) -> Annotator:
         import torch

@@ -47,7 +47,7 @@ def build_annotator(
 
 
 def build_from_spec(spec: AnnotatorSpec, digest: str, resources: AnnotateResources) -> Annotator:
-    """Return the annotator of a row, its weights loaded and checked against `digest`, on the device that was settled."""
+    """Return the annotator of a row, its weights loaded and checked against ``digest``, on the device that was settled."""
     return spec.build(spec, digest, resources.model_copy(update={"device": _settle_device(spec, resources.device)}))
 
 

@@ -1,4 +1,4 @@
-"""The commands `annotate`, `weights` and `annotators`."""
+"""The commands ``annotate``, ``weights`` and ``annotators``."""
 
 import json
 import sys

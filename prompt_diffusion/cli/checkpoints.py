@@ -1,4 +1,4 @@
-"""The commands `import-checkpoint` and `export-checkpoint`."""
+"""The commands ``import-checkpoint`` and ``export-checkpoint``."""
 
 import json
 import re

@@ -19,7 +19,7 @@ def read_image(path: Path) -> bytes:
 
 
 def check_out(path: Path, is_forced: bool) -> None:
-    """Raise ValueError, before any work, where a PNG cannot be written to `path`, or would replace a file unasked."""
+    """Raise ValueError, before any work, where a PNG cannot be written to ``path``, or would replace a file unasked."""
     if path.suffix.lower() != ".png":
         raise ValueError(f"--out {path} must end in .png: results are PNG files, which keep every pixel")
     if path.is_dir():

@@ -1,4 +1,4 @@
-"""The commands that make images with a model: `generate`, `edit`, and `settings`, which reads how one was made."""
+"""The commands that make images with a model: ``generate``, ``edit``, and ``settings``, which reads how one was made."""
 
 import sys
 from collections.abc import Iterator, Sequence
