@@ -5,7 +5,6 @@ the others of its batch, and a run that was killed goes on with the same picture
 """
 
 import hashlib
-import logging
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
@@ -30,7 +29,6 @@ from prompt_diffusion.vision_tasks import ExamplePolicy, find_vision_task
 if TYPE_CHECKING:
     from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
 
-logger = logging.getLogger(__name__)
 
 VERSION: Final = 1
 # Part of what a shard is, so a constant and not a resource: a resumed run must cut the rows as the killed one did.

@@ -7,7 +7,6 @@
 """
 
 import json
-import logging
 from collections.abc import Mapping
 from typing import Final, Literal
 
@@ -23,8 +22,6 @@ from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import ManifestRef, find_sealed, open_manifest, seal_manifest, write_file
 from prompt_diffusion.vision_tasks import VISION_TASKS, ExamplePolicy, VisionTask
-
-logger = logging.getLogger(__name__)
 
 VERSION: Final = 1
 TRIVIAL_FILE: Final = "trivial.json"

@@ -34,7 +34,7 @@ def encode_texts(
         hidden: Tensor = text_encoder(ids).last_hidden_state
         return hidden
     layers = text_encoder(ids, output_hidden_states=True).hidden_states
-    normalised: Tensor = text_encoder.text_model.final_layer_norm(layers[-(clip_skip + 1)])
+    normalised: Tensor = text_encoder.final_layer_norm(layers[-(clip_skip + 1)])
     return normalised
 
 

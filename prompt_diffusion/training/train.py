@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,8 +41,6 @@ from prompt_diffusion.training.preflight import check_base
 from prompt_diffusion.training.samples import open_training_data
 from prompt_diffusion.training.stage import PIPELINE_FOLDER, TrainInputs, identify_train
 from prompt_diffusion.training.validation import Validation
-
-logger = logging.getLogger(__name__)
 
 
 def run_train(
