@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prompt_diffusion.device import settle_device
+from prompt_diffusion.device import AUTO, choose_device
 from prompt_diffusion.registry import load
 from prompt_diffusion.registry.versions import SCHEME, find_version, say_registry
 from prompt_diffusion.settings import Settings
@@ -21,7 +21,7 @@ class ModelIdentity:
     place: str
     """What ``load`` takes: a registered version, a folder, or a hub's repository."""
     name: str
-    """What names it in a result: as ``place``, but of a folder only its own name."""
+    """What names it in a result: as `place`, but of a folder only its own name."""
     fingerprint: str | None
     """A registered model's fingerprint."""
 
@@ -45,8 +45,8 @@ def identify_model(reference: str, settings: Settings) -> ModelIdentity:
     return ModelIdentity(exact, exact, version.tags.get(FINGERPRINT_TAG))
 
 
-def open_model(reference: str, settings: Settings, device: str = "auto") -> OpenModel:
-    """Load a model, on a GPU where ``device`` is ``auto`` and there is one; ValueError as the registry's ``load`` raises it."""
-    device = settle_device(device)
+def open_model(reference: str, settings: Settings, device: str = AUTO) -> OpenModel:
+    """Load a model, on a GPU where `device` is ``auto`` and there is one; ValueError as the registry's ``load`` raises it."""
+    chosen = choose_device(device)
     identity = identify_model(reference, settings)
-    return OpenModel(load(identity.place, settings, device), identity)
+    return OpenModel(load(identity.place, settings, str(chosen)), identity)

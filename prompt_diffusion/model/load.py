@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from prompt_diffusion.device import settle_device
+from prompt_diffusion.device import choose_device
 from prompt_diffusion.model.controlnet import PromptDiffusionControlNet
 from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
 from prompt_diffusion.model.schedulers import check_scheduler
@@ -37,14 +37,14 @@ def load_pipeline(
 
     ValueError, in one sentence, names the part that is missing, damaged or of another class, and the tensor that is not finite.
     """
-    device, dtype = settle_device(device), _read_dtype(dtype)  # before anything is read
+    chosen, dtype = choose_device(str(device)), _read_dtype(dtype)  # before anything is read
     _check_parts(folder)
     parts: dict[str, Any] = {name: _load_network(folder, name, dtype) for name in _NETWORKS}
     parts["tokenizer"] = _load_tokenizer(folder)
     parts["scheduler"] = _load_scheduler(folder)
     index = _read_json(folder / _INDEX)
     defaults = {name: index[name] for name in _DEFAULTS if name in index}
-    pipeline: PromptDiffusionPipeline = PromptDiffusionPipeline(**parts, **defaults).to(device)
+    pipeline: PromptDiffusionPipeline = PromptDiffusionPipeline(**parts, **defaults).to(chosen)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

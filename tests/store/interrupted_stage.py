@@ -31,7 +31,7 @@ def main(root: str, num_shards: int, kill_after: int) -> None:
         if told.num_done == kill_after:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    identity = StageIdentity(stage="interrupted", version=1, config={"num_shards": num_shards}, inputs={})
+    identity = StageIdentity(stage="interrupted", version=1, config={"num_shards": num_shards}, inputs=())
     run_sharded_stage(identity, root, num_shards, make_shard, on_progress=kill_when_due)
 
 

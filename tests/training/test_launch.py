@@ -14,8 +14,9 @@ import pytest
 
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.store.manifest import open_manifest
-from prompt_diffusion.training.launch import TimeLimitError, TrainingStoppedError, _run, build_command, launch_training
-from prompt_diffusion.training.stage import identify_train
+from prompt_diffusion.store.stage import Context, obtain
+from prompt_diffusion.training.launch import TimeLimitError, TrainingStoppedError, build_command, run_command
+from prompt_diffusion.training.stage import Train
 
 OFTEN = {"checkpoint_every_seconds": 1e-6, "log_every_steps": 1, "device_batch_size": 4}
 
@@ -31,7 +32,7 @@ def find_processes(word):
 
 
 def read_history(config, inputs, store):
-    manifest = open_manifest(identify_train(config, inputs).uri(store))
+    manifest = open_manifest(Train(config, inputs).identity.uri(store))
     table = pq.read_table(Path(manifest.ref.uri) / "losses.parquet").to_pydict()
     return manifest.counts, table
 
@@ -40,7 +41,7 @@ def read_history(config, inputs, store):
 def alone(train_inputs, tiny_config, tmp_path_factory):
     """Train in one process without an interruption, and return counts and losses."""
     store = str(tmp_path_factory.mktemp("alone"))
-    launch_training(tiny_config, train_inputs, store, TrainResources(**OFTEN))
+    obtain(Train(tiny_config, train_inputs), Context(store, TrainResources(**OFTEN)))
     return read_history(tiny_config, train_inputs, store)
 
 
@@ -63,7 +64,7 @@ def test_torchrun_goes_on_after_the_loss_of_a_process(alone, train_inputs, tiny_
             rank.kill()
 
     resources = TrainResources(num_processes=2, **OFTEN)
-    launch_training(tiny_config, train_inputs, str(tmp_path), resources, kill_at_step_3)
+    obtain(Train(tiny_config, train_inputs), Context(str(tmp_path), resources, lambda told: kill_at_step_3(told.event)))
     assert killed
     check_same_training(read_history(tiny_config, train_inputs, str(tmp_path)), alone)
     assert "failed to connect" not in capfd.readouterr().err, "an attempt looked for the dead of the one before"
@@ -82,7 +83,7 @@ def test_ray_train_goes_on_after_the_loss_of_a_worker(alone, train_inputs, tiny_
             worker.kill()
 
     resources = TrainResources(engine="ray", device="cpu", num_processes=2, **OFTEN)
-    launch_training(tiny_config, train_inputs, str(tmp_path), resources, kill_at_step_3)
+    obtain(Train(tiny_config, train_inputs), Context(str(tmp_path), resources, lambda told: kill_at_step_3(told.event)))
     assert killed
     assert steps[-1] == 10
     check_same_training(read_history(tiny_config, train_inputs, str(tmp_path)), alone)
@@ -96,8 +97,11 @@ def test_a_time_limit_stops_a_training_with_a_checkpoint(train_inputs, tiny_conf
             num_processes=2, time_limit_seconds=limit, log_every_steps=1, device_batch_size=3, validate_every_steps=None
         )
         with pytest.raises(TimeLimitError, match=rf"time limit of {limit} seconds: run the same command to go on"):
-            launch_training(
-                config, train_inputs, str(tmp_path), resources, lambda event: steps.append(event.get("step"))
+            obtain(
+                Train(config, train_inputs),
+                Context(
+                    str(tmp_path), resources, lambda told: lambda event: steps.append(event.get("step"))(told.event)
+                ),
             )
         assert find_processes("prompt_diffusion.training") == []
         saved = [int(path.parent.name.removeprefix("step-")) for path in tmp_path.rglob("state.json")]
@@ -115,7 +119,7 @@ def test_an_interrupt_of_the_launching_process_leaves_a_checkpoint(train_inputs,
 
     resources = TrainResources(num_processes=2, log_every_steps=1, device_batch_size=3)
     with pytest.raises(KeyboardInterrupt):
-        launch_training(config, train_inputs, str(tmp_path), resources, interrupt)
+        obtain(Train(config, train_inputs), Context(str(tmp_path), resources, lambda told: interrupt(told.event)))
     assert find_processes("prompt_diffusion.training") == []
     assert list(tmp_path.rglob("state.json"))
 
@@ -126,7 +130,7 @@ def test_a_mistake_that_only_the_training_can_see_is_one_sentence_and_no_restart
     noise = tiny_config.noise.model_copy(update={"prediction_type": "epsilon"})
     wrong = tiny_config.model_copy(update={"noise": noise})
     with pytest.raises(ValueError, match="prediction_type is 'epsilon', but base") as caught:
-        launch_training(wrong, train_inputs, str(tmp_path), TrainResources(num_processes=2, **OFTEN))
+        obtain(Train(wrong, train_inputs), Context(str(tmp_path), TrainResources(num_processes=2, **OFTEN)))
     assert "\n" not in str(caught.value)
     assert "estart" not in capfd.readouterr().err
 
@@ -134,14 +138,14 @@ def test_a_mistake_that_only_the_training_can_see_is_one_sentence_and_no_restart
 def test_ray_that_is_not_installed_is_named(train_inputs, tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr("prompt_diffusion.training.launch.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="the engine 'ray' needs the extra 'ray'"):
-        launch_training(tiny_config, train_inputs, str(tmp_path), TrainResources(engine="ray"))
+        obtain(Train(tiny_config, train_inputs), Context(str(tmp_path), TrainResources(engine="ray")))
 
 
 def test_a_ray_cluster_that_does_not_answer_is_named_at_once(train_inputs, tiny_config, tmp_path):
     pytest.importorskip("ray", reason="no Ray: the extra 'ray' is not installed")
     resources = TrainResources(engine="ray", ray_address="127.0.0.1:1")
     with pytest.raises(ValueError, match=r"no Ray cluster answers at ray_address '127\.0\.0\.1:1'"):
-        launch_training(tiny_config, train_inputs, str(tmp_path), resources)
+        obtain(Train(tiny_config, train_inputs), Context(str(tmp_path), resources))
 
 
 def test_the_logged_command_works_by_hand_and_speaks_to_a_person(train_inputs, tiny_config, tmp_path):
@@ -154,7 +158,7 @@ def test_the_logged_command_works_by_hand_and_speaks_to_a_person(train_inputs, t
 
     resources = TrainResources(**OFTEN)
     with pytest.raises(RuntimeError):
-        launch_training(tiny_config, train_inputs, str(tmp_path), resources, stop)
+        obtain(Train(tiny_config, train_inputs), Context(str(tmp_path), resources, lambda told: stop(told.event)))
     [command] = said
     terminal, end = pty.openpty()
     process = subprocess.Popen(shlex.split(command), stdout=end, stderr=subprocess.DEVNULL)
@@ -166,7 +170,7 @@ def test_the_logged_command_works_by_hand_and_speaks_to_a_person(train_inputs, t
     assert process.wait() == 0
     lines = text.decode().splitlines()
     assert any(line.startswith("step 9 of 10, loss ") and "samples/s" in line for line in lines)
-    assert lines[-1] == f"sealed: {identify_train(tiny_config, train_inputs).uri(str(tmp_path))}"
+    assert lines[-1] == f"sealed: {Train(tiny_config, train_inputs).identity.uri(str(tmp_path))}"
 
 
 def test_a_users_own_modules_of_the_current_folder_are_not_taken_for_pythons(tmp_path, monkeypatch, capfd):
@@ -175,7 +179,7 @@ def test_a_users_own_modules_of_the_current_folder_are_not_taken_for_pythons(tmp
     monkeypatch.chdir(tmp_path)
     resources = TrainResources(device="cpu")
     with pytest.raises(TrainingStoppedError):
-        _run(build_command(str(tmp_path / "none.json"), resources), resources, None)
+        run_command(build_command(str(tmp_path / "none.json"), resources), resources, lambda event: None)
     said = capfd.readouterr().err
     assert "none.json" in said
     assert "module of the current folder" not in said
