@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +24,11 @@ def test_every_name_that_the_package_shows_is_there() -> None:
 
 def test_the_version_is_that_of_the_installed_distribution() -> None:
     assert prompt_diffusion.__version__ == version("prompt-diffusion")
+
+
+def test_the_citation_names_the_version() -> None:
+    citation = (Path(__file__).parents[1] / "CITATION.cff").read_text()
+    assert f"\nversion: {prompt_diffusion.__version__}\n" in citation
 
 
 def test_importing_and_listing_the_package_loads_none_of_it() -> None:

@@ -342,6 +342,8 @@ class PromptDiffusionPipeline(  # type: ignore[misc]
     ) -> CallTexts:
         channels = int(self.unet.config.cross_attention_dim)
         texts = read_texts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, channels)
+        if set(self.tokenizer.added_tokens_encoder) <= set(self.tokenizer.all_special_tokens):
+            return texts  # no word was learned by textual inversion
         return texts.convert(lambda text: self.maybe_convert_prompt(text, self.tokenizer))
 
     def _decode(self, latents: Tensor) -> Tensor:
