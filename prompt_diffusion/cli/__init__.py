@@ -16,6 +16,7 @@ from prompt_diffusion.cli.checkpoints import export_checkpoint, import_checkpoin
 from prompt_diffusion.cli.generation import PairsCommand, edit, generate, settings
 from prompt_diffusion.cli.models import models, promote
 from prompt_diffusion.cli.shared import (
+    JsonOption,
     OverridesOption,
     PresetOption,
     StoreOption,
@@ -49,7 +50,6 @@ app.add_typer(weights_app, name="weights", rich_help_panel=MAKE)
 app.command(rich_help_panel=INSPECT)(models)
 app.command(rich_help_panel=INSPECT)(settings)
 app.add_typer(annotators_app, name="annotators", rich_help_panel=INSPECT)
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command(rich_help_panel=MAKE)

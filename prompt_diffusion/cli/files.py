@@ -6,8 +6,8 @@ from pathlib import Path
 from prompt_diffusion.store.local_files import temporary_file
 
 
-def read_image(path: Path) -> bytes:
-    """Return an image file's bytes; ValueError names the file that is not there or cannot be decoded."""
+def read_picture_file(path: Path) -> bytes:
+    """Return the bytes of an image file; ValueError names the file that is not there or cannot be decoded."""
     from prompt_diffusion.data.transforms import decode_image, read_image_file
 
     data = read_image_file(path)
@@ -32,7 +32,7 @@ def check_out(path: Path, is_forced: bool) -> None:
         raise ValueError(f"{path} is there already: name another file, or add --force to replace it")
 
 
-def write_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
     """Write a file that appears whole or not at all."""
     with temporary_file(path, data) as temporary:
         temporary.replace(path)

@@ -17,6 +17,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 StoreOption = Annotated[str | None, typer.Option("--store", help="Folder or s3:// address; default: the settings'.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 PresetOption = Annotated[str, typer.Option("--preset", help="smoke, demo or paper.")]
 OverridesOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one field, e.g. train.num_steps=100.")
