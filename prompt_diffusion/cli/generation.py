@@ -179,7 +179,7 @@ def settings(
 def _make(
     fields: list[dict[str, Any]],
     query: Path,
-    pairs: Sequence[tuple[Path, Path]],
+    examples: Sequence[tuple[Path, Path]],
     out: Path,
     device: str,
     is_forced: bool,
@@ -193,10 +193,10 @@ def _make(
     outs = [out] if len(requests) == 1 else [out.with_stem(f"{out.stem}-{request.seed}") for request in requests]
     for path in (*outs, *([map_out] if map_out else [])):
         check_out(path, is_forced)
-    examples = [(read_picture_file(source), read_picture_file(target)) for source, target in pairs]
+    files = [(read_picture_file(source), read_picture_file(target)) for source, target in examples]
     image = read_picture_file(query)
     made = []
-    for path, generation in zip(outs, _run(requests, image, examples, device), strict=True):
+    for path, generation in zip(outs, _run(requests, image, files, device), strict=True):
         replace_file(path, encode_result(generation.image, generation.record))
         for note in generation.notes:
             print(f"prompt-diffusion: {note}", file=sys.stderr)

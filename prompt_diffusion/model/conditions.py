@@ -24,7 +24,7 @@ class Conditions:
     """K tensors of N (or 1), 6, H, W: source, then target."""
 
     @property
-    def num_pairs(self) -> int:
+    def num_example_pairs(self) -> int:
         """Example pairs of the batch: 1 where they are shared."""
         return max((len(pair) for pair in self.example_pairs or []), default=1)
 
@@ -34,14 +34,14 @@ def read_conditions(query: Images, example_pair: ExamplePairs, height: int, widt
 
     ValueError, in one sentence: a pair whose sides differ in size, a size that is no multiple of ``stride``.
     """
-    pairs = None if example_pair is None else [_read_pair(pair) for pair in list_pairs(example_pair)]
-    if pairs == []:
+    example_pairs = None if example_pair is None else [_read_pair(pair) for pair in list_example_pairs(example_pair)]
+    if example_pairs == []:
         raise ValueError("there is no example pair in the list: give at least one, or None")
     queries = read_images(query, "query")
     if not queries:
         raise ValueError("query: there is no image in the list")
     _check_size(height, width, stride)
-    fitted = None if pairs is None else [_fit_pair(pair, height, width) for pair in pairs]
+    fitted = None if example_pairs is None else [_fit_pair(pair, height, width) for pair in example_pairs]
     return Conditions(stack_pictures([fit_picture(each, height, width) for each in queries]), fitted)
 
 
@@ -63,12 +63,14 @@ def _check_size(height: int, width: int, stride: int) -> None:
         )
 
 
-def list_pairs(example_pair: ExamplePair | Sequence[ExamplePair]) -> list[ExamplePair]:
+def list_example_pairs(example_pair: ExamplePair | Sequence[ExamplePair]) -> list[ExamplePair]:
     """Return every pair alone; ValueError where one is no (source, target)."""
-    pairs = [example_pair] if isinstance(example_pair, tuple) else example_pair
-    if not isinstance(pairs, list) or not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
+    example_pairs = [example_pair] if isinstance(example_pair, tuple) else example_pair
+    if not isinstance(example_pairs, list) or not all(
+        isinstance(pair, tuple | list) and len(pair) == 2 for pair in example_pairs
+    ):
         raise ValueError("example_pair is (source, target), a list of such pairs, or None")
-    return [(pair[0], pair[1]) for pair in pairs]
+    return [(pair[0], pair[1]) for pair in example_pairs]
 
 
 def _read_pair(pair: ExamplePair) -> tuple[list[Picture], list[Picture]]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from prompt_diffusion.model.conditions import ExamplePairs, list_pairs
+from prompt_diffusion.model.conditions import ExamplePairs, list_example_pairs
 from prompt_diffusion.model.images import Images, OutputType, check_output_type, convert_pixels
 from prompt_diffusion.model.outputs import EditingOutput, PromptDiffusionOutput
 from prompt_diffusion.vision_tasks import find_vision_task
@@ -32,13 +32,13 @@ def edit_by_text(
     check_output_type(output_type)
     options = {name: value for name, value in options.items() if name != "return_dict"}
     task = find_vision_task(f"image_to_{condition}")
-    pairs = None if example_pair is None else list_pairs(example_pair)
+    example_pairs = None if example_pair is None else list_example_pairs(example_pair)
     first = {name: value for name, value in options.items() if name not in ("prompt_embeds", "latents")}
     first |= {name: value for name, value in map_options.items() if value is not None}
     num_images = first.pop("num_images_per_prompt", 1)
     if isinstance(first.get("generator"), Sequence):
         first["generator"] = first["generator"][::num_images]
-    maps = call(task.text or "", pairs, image, **first, output_type="uint8").images
-    reversed_pairs = None if pairs is None else [(shown_map, picture) for picture, shown_map in pairs]
+    maps = call(task.text or "", example_pairs, image, **first, output_type="uint8").images
+    reversed_pairs = None if example_pairs is None else [(shown_map, picture) for picture, shown_map in example_pairs]
     images = call(prompt, reversed_pairs, maps, **options, output_type=output_type).images
     return EditingOutput(images=images, maps=convert_pixels(maps, output_type))

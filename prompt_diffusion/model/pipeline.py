@@ -220,7 +220,7 @@ class PromptDiffusionPipeline(  # type: ignore[misc]
         clip_skip = check_clip_skip(clip_skip, self.text_encoder)
         texts = self._read_texts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds)
         given = {
-            "example pairs": conditions.num_pairs,
+            "example pairs": conditions.num_example_pairs,
             "texts as prompt": len(texts.prompts),
             "texts as negative_prompt": len(texts.negatives),
         }
