@@ -29,7 +29,7 @@ _PARTS = (*_NETWORKS, "tokenizer", "scheduler")
 
 
 def load_pipeline(
-    folder: Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = torch.float32
+    folder: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = torch.float32
 ) -> PromptDiffusionPipeline:
     """Load a pipeline, with any of diffusers' schedulers, from a folder that ``save_pretrained`` wrote.
 
@@ -37,6 +37,7 @@ def load_pipeline(
 
     ValueError, in one sentence, names the part that is missing, damaged or of another class, and the tensor that is not finite.
     """
+    folder = Path(folder)
     chosen, dtype = choose_device(str(device)), _read_dtype(dtype)  # before anything is read
     _check_parts(folder)
     parts: dict[str, Any] = {name: _load_network(folder, name, dtype) for name in _NETWORKS}

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 
 def load(
-    reference: str, settings: Settings | None = None, device: str = "cpu", dtype: "str | torch.dtype | None" = None
+    reference: str | Path,
+    settings: Settings | None = None,
+    device: str = "cpu",
+    dtype: "str | torch.dtype | None" = None,
 ) -> "PromptDiffusionPipeline":
     """Load a pipeline.
 
@@ -37,7 +40,7 @@ def load(
         ValueError: In one sentence, a reference that leads nowhere, a registry that does not answer, or files that are not
             what was registered.
     """
-    folder = fetch(reference, settings or load_settings())
+    folder = fetch(str(reference), settings or load_settings())
     import torch  # nobody waits for it to hear of a mistyped reference
 
     from prompt_diffusion.model.load import load_pipeline

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig
 from PIL import Image
 
+import prompt_diffusion
 from prompt_diffusion.model.load import load_pipeline
 from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
 
@@ -192,6 +193,13 @@ def test_what_diffusers_switches_in_the_unet_is_switched_back(fresh, generate):
     assert not torch.equal(generate(fresh), plain)
     fresh.disable_freeu()
     assert torch.equal(generate(fresh), plain)
+
+
+def test_a_folder_may_be_a_path_or_its_name(folder, generate):
+    plain = generate(load_pipeline(folder))
+    for reference in (folder, str(folder)):
+        assert torch.equal(generate(load_pipeline(reference)), plain)
+        assert torch.equal(generate(prompt_diffusion.load(reference)), plain)
 
 
 @pytest.mark.parametrize("name", ["float16", "torch.bfloat16", torch.float16])
