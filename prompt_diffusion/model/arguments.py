@@ -57,17 +57,18 @@ def check_sampler_options(
 def check_count(name: str, value: object, largest: int | None = None) -> int:
     """Return a whole number from 1 to ``largest``; ValueError for anything else, 2.0 included."""
     allowed = "at least 1" if largest is None else f"between 1 and {largest}"
-    if not isinstance(value, Integral) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise ValueError(f"{name} must be a whole number {allowed}, got {_show(value)}")
-    if value < 1 or (largest is not None and value > largest):
-        raise ValueError(f"{name} must be {allowed}, got {value}")
-    return int(value)
+    number = int(value)
+    if number < 1 or (largest is not None and number > largest):
+        raise ValueError(f"{name} must be {allowed}, got {number}")
+    return number
 
 
 def check_number(name: str, value: object, lowest: float = -math.inf, highest: float = math.inf) -> float:
     """Return a finite number in a range; ValueError for anything else, a list of one included."""
     allowed = "" if lowest == -math.inf else f" between {lowest:g} and {highest:g}"
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{name} must be one number{allowed}, got {_show(value)}")
     number = float(value)
     if not math.isfinite(number):

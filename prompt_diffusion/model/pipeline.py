@@ -31,8 +31,11 @@ from prompt_diffusion.model.schedulers import check_scheduler
 from prompt_diffusion.model.text import CallTexts, Texts, check_clip_skip, read_texts
 
 
-class PromptDiffusionPipeline(  # type: ignore[misc]
-    TextualInversionLoaderMixin, StableDiffusionLoraLoaderMixin, StableDiffusionMixin, DiffusionPipeline
+class PromptDiffusionPipeline(
+    TextualInversionLoaderMixin,  # type: ignore[misc]
+    StableDiffusionLoraLoaderMixin,  # type: ignore[misc]
+    StableDiffusionMixin,  # type: ignore[misc]
+    DiffusionPipeline,  # type: ignore[misc]
 ):
     """Prompt Diffusion by composition of diffusers' parts: one call turns a query into what its example pair shows.
 

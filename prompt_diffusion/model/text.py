@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -115,7 +115,7 @@ def check_clip_skip(clip_skip: object, text_encoder: CLIPTextModel) -> int | Non
 
 
 def _list_texts(texts: object, name: str) -> list[str]:
-    listed = list(texts) if isinstance(texts, list | tuple) else [texts]
+    listed: list[Any] = list(texts) if isinstance(texts, list | tuple) else [texts]
     wrong = [type(text).__name__ for text in listed if not isinstance(text, str)]
     if wrong or not listed:
         raise ValueError(f"{name} is a text or a list of texts, got {wrong[0] if wrong else 'an empty list'}")
