@@ -1,7 +1,7 @@
 """Soft line drawings, white on black; this module stays light, torch comes with the build.
 
 Source: Chan et al., Learning to Generate Line Drawings, CVPR 2022; network, pre- and post-processing of controlnet-aux
-0.0.10 (`lineart`), which inverts the network's black lines.
+0.0.10 (``lineart``), which inverts the network's black lines.
 """
 
 from typing import TYPE_CHECKING
