@@ -8,7 +8,7 @@ The digest of MiDaS's file begins with the eight digits in its published name.
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from prompt_diffusion.annotators.bounds import MEGAPIXEL
+from prompt_diffusion.annotators.base import MEGAPIXEL
 from prompt_diffusion.annotators.network_spec import Infer, define_network
 from prompt_diffusion.annotators.weights import Arrays, HubFile, PublishedWeights
 

@@ -7,7 +7,7 @@ Where a digest comes from: the large-file pointers that the hub shows for the pi
 
 from typing import TYPE_CHECKING, Literal
 
-from prompt_diffusion.annotators.bounds import MEGAPIXEL
+from prompt_diffusion.annotators.base import MEGAPIXEL
 from prompt_diffusion.annotators.network_spec import BuildInfer, Infer, define_network
 from prompt_diffusion.annotators.weights import Arrays, HubFile, PackageFile, PublishedWeights
 
