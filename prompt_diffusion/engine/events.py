@@ -12,7 +12,7 @@ from prompt_diffusion.store.records import ManifestRef
 
 class _BaseEvent(FrozenModel):
     # a diverging run reports losses and norms that are NaN or infinite: they have to survive the way through JSON
-    model_config = ConfigDict(ser_json_inf_nan="constants")
+    model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="constants")
 
 
 class LaunchEvent(_BaseEvent):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, assert_never
 
 from prompt_diffusion.engine.events import (
     ErrorEvent,
@@ -94,6 +94,8 @@ class RunTracker:
                 self.outbox.keep_file(f"validation/step-{event.step:08d}.png", read_bytes(event.uri))
             case SealedEvent() | ErrorEvent():
                 pass  # how a run ends is said by ``finish`` and ``__exit__``
+            case _:
+                assert_never(event)
         self._news.set()
 
     def finish(self, model: ManifestRef, limit_seconds: float = _FINISH_SECONDS) -> None:

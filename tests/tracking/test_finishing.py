@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from prompt_diffusion.engine.events import ValidationEvent
 from prompt_diffusion.settings import Settings
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import ManifestRef, seal_manifest, write_file
@@ -55,7 +56,7 @@ def test_a_run_whose_process_died_right_after_the_seal_is_ended(
     settings: Settings, model: ManifestRef, same_machine: bool
 ) -> None:
     tracker = RunTracker(settings, "joint", IDENTITY)
-    tracker.log_event({"step": 1, "num_steps": 1, "loss": 0.5})
+    tracker.log_event(ValidationEvent(step=1, num_steps=1, loss=0.5, is_best=False))
     tracker._closing.set()  # as a kill leaves it: nothing more is said
     tracker._news.set()
     tracker._sender.join()
@@ -68,7 +69,7 @@ def test_a_run_whose_process_died_right_after_the_seal_is_ended(
     assert list(find_folder(settings).iterdir()) == []
     run = find_run(connect(settings), IDENTITY.fingerprint)
     assert run is not None
-    assert (run.info.run_name, run.data.metrics["loss"]) == ("joint", 0.5)
+    assert (run.info.run_name, run.data.metrics["validation/loss"]) == ("joint", 0.5)
 
 
 @pytest.mark.parametrize("status", ["KILLED", "FAILED", "FINISHED"])
