@@ -3,16 +3,27 @@
 import logging
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from prefect import flow
 from prefect.client.orchestration import get_client
 
 from flows.annotate import annotate_six_task
-from prompt_diffusion.store.manifest import ManifestRef, open_manifest
+from flows.run import Run, start_run
+from flows.stages import obtain_dataset, obtain_generations, obtain_pairs
+from prompt_diffusion.evaluation.generate import GenerateConfig
+from prompt_diffusion.model.base import load_base
+from prompt_diffusion.model.controlnet import PromptDiffusionControlNet
+from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
+from prompt_diffusion.model.references import PIPELINE_FOLDER
+from prompt_diffusion.store.fingerprint import StageIdentity
+from prompt_diffusion.store.manifest import ManifestRef, open_manifest, seal_manifest, write_folder
 from prompt_diffusion.store.storage import list_files
 from tasks.stages import borrow_device
 
@@ -29,6 +40,35 @@ HED = {
 }
 
 
+# Three shards of 96 images, at the smallest size and in one step.
+GENERATED = {
+    "ingest.source.num_groups": 220,
+    "ingest.split_fractions": [0.0, 0.0, 1.0],
+    "ingest.image_size": 16,
+    "annotate": [{"condition": "depth"}],
+    "resources.evaluate.num_threads": 1,
+    "resources.evaluate.batch_size": 32,
+}
+
+
+@flow(name="generate")
+def obtain_in_flow(run: Run) -> ManifestRef:
+    """Seal an untrained model, and let it generate."""
+    dataset = obtain_dataset(run, obtain_pairs(run))
+    base = load_base("demo-base")
+    torch.manual_seed(0)
+    controlnet = PromptDiffusionControlNet.from_unet(base.unet, (8, 16, 32))
+    identity = StageIdentity(stage="train", version=1, config={}, inputs=())
+    with tempfile.TemporaryDirectory() as folder:
+        PromptDiffusionPipeline.from_parts(base, controlnet).save_pretrained(folder, safe_serialization=True)
+        files = write_folder(identity, run.store, PIPELINE_FOLDER, Path(folder))
+    model = seal_manifest(identity, run.store, files, counts={})
+    config = GenerateConfig(
+        vision_task="image_to_depth", num_samples=200, num_inference_steps=1, guidance_scale=1.0, example_policy=None
+    )
+    return obtain_generations(run, config, model, dataset)
+
+
 def read_files(ref: ManifestRef) -> object:
     return open_manifest(ref.uri).files
 
@@ -42,6 +82,21 @@ def test_parts_made_by_threads_give_what_one_run_gives(tmp_path: Path) -> None:
     shared = annotate_six_task("smoke", {**CANNY, **fan_out}, str(tmp_path / "shared"))["canny"]
     assert shared.fingerprint == whole.fingerprint
     assert len(open_manifest(whole.uri).shards) == 12
+    assert read_files(shared) == read_files(whole)
+
+
+def test_images_generated_in_parts_are_those_of_one_run(tmp_path: Path) -> None:
+    """Two devices' worth of threads, each with parts of one shard, against one worker that makes all shards."""
+    fan_out = {
+        "resources.evaluate_fan_out.devices": ["cpu:0", "cpu:1"],
+        "resources.evaluate_fan_out.shards_per_part": 1,
+    }
+    whole, shared = (
+        obtain_in_flow(start_run("smoke", {**GENERATED, **changes}, str(tmp_path / name)))
+        for name, changes in (("whole", {}), ("shared", fan_out))
+    )
+    assert len(open_manifest(whole.uri).shards) == 3
+    assert shared.fingerprint == whole.fingerprint
     assert read_files(shared) == read_files(whole)
 
 
