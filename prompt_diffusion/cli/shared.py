@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from importlib.machinery import PathFinder
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
@@ -17,8 +17,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 StoreOption = Annotated[str | None, typer.Option("--store", help="Folder or s3:// address; default: the settings'.")]
+if TYPE_CHECKING:
+    from prompt_diffusion.presets import PresetName
+else:
+    PresetName = str  # checked with everything else of a run, which names the others
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-PresetOption = Annotated[str, typer.Option("--preset", help="smoke, demo or paper.")]
+PresetOption = Annotated[PresetName, typer.Option("--preset", help="smoke, demo or paper.")]
 OverridesOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one field, e.g. train.num_steps=100.")
 ]
