@@ -6,10 +6,13 @@ A URI is a ``str``: a local path, ``file://...`` or ``s3://bucket/key``. Any oth
 """
 
 import logging
+import re
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -59,21 +62,69 @@ def exists(uri: str) -> bool:
     return True
 
 
+@dataclass(frozen=True, slots=True)
+class FileFacts:
+    """What a store says of a file without its content."""
+
+    size: int | None
+    """Bytes; None where the store does not say."""
+    md5: str | None = None
+    """MD5 of the content, 32 hex digits, where the store keeps it: S3 does for what was uploaded in one piece."""
+
+
 def list_sizes(uri: str) -> dict[str, int]:
-    """Return the bytes of every file below a folder, by relative POSIX path, sorted; empty where there is none."""
+    """Return the bytes of every file below a folder, by relative POSIX path, sorted; empty where there is none.
+
+    ValueError names a file whose size a web server does not tell.
+    """
+    sizes = {}
+    for name, facts in list_facts(uri).items():
+        if facts.size is None:
+            facts = find_facts(join_uri(uri, name)) or facts
+        if facts.size is None:
+            raise ValueError(f"{uri} does not say how large {name} is: copy the data to a folder or to S3")
+        sizes[name] = facts.size
+    return sizes
+
+
+def list_facts(uri: str) -> dict[str, FileFacts]:
+    """Return what the store says of every file below a folder, by relative POSIX path, sorted; empty where there is none."""
     path = local_path(uri)
     if path is not None:
-        found = list_folder(path)
+        found = {name: FileFacts(size) for name, size in list_folder(path).items()}
     else:
         filesystem, key = _open_remote(uri)
         folder = filesystem._strip_protocol(key).rstrip("/") + "/"
         # A key that ends in a slash is a folder marker of a web console, not a file of ours.
         found = {
-            name.removeprefix(folder): int(entry["size"])
+            name.removeprefix(folder): _read_facts(uri, entry)
             for name, entry in _ask(uri, "list", lambda: filesystem.find(key, detail=True)).items()
             if name.startswith(folder) and not name.endswith("/")
         }
     return {name: found[name] for name in sorted(found) if not name.endswith(TEMPORARY_SUFFIX)}
+
+
+def find_facts(uri: str) -> FileFacts | None:
+    """Return what the store says of one file, links followed; None where no file of that name is there or can be."""
+    path = local_path(uri)
+    if path is not None:
+        try:
+            status = path.stat()
+        except (OSError, ValueError):
+            return None
+        return FileFacts(status.st_size) if stat.S_ISREG(status.st_mode) else None
+    filesystem, key = _open_remote(uri)
+    try:
+        entry = _ask(uri, "look up", lambda: filesystem.info(key))
+    except FileNotFoundError:
+        return None
+    return _read_facts(uri, entry) if entry["type"] == "file" else None
+
+
+def _read_facts(uri: str, entry: dict[str, Any]) -> FileFacts:
+    tag = str(entry.get("ETag", "")).strip('"')
+    has_md5 = uri.startswith("s3://") and re.fullmatch("[0-9a-f]{32}", tag)
+    return FileFacts(None if entry["size"] is None else int(entry["size"]), tag if has_md5 else None)
 
 
 def list_files(uri: str) -> list[str]:
@@ -174,7 +225,7 @@ def check_writable(root: str) -> None:
             _check_bucket(root)
         created = create_bytes(probe, b"probe")
         created_again = create_bytes(probe, b"probe")
-        _delete_file(probe)
+        delete_file(probe)
     except ImportError as error:
         raise ValueError(f"cannot write to the store {root}: install the extra 's3' ({error})") from error
     except OSError as error:
@@ -184,10 +235,15 @@ def check_writable(root: str) -> None:
 
 
 def _open_remote(uri: str) -> tuple[Any, str]:
-    """Return fsspec's file system of a remote URI, and the path in it."""
-    if uri.startswith("s3://"):
-        return _open_s3(uri)
-    filesystem, key = fsspec.core.url_to_fs(uri)
+    """Return fsspec's file system of a remote URI, and the path in it; ValueError where the scheme's package is missing."""
+    try:
+        if uri.startswith("s3://"):
+            return _open_s3(uri)
+        filesystem, key = fsspec.core.url_to_fs(uri)
+    except ImportError as error:
+        raise ValueError(f"cannot read {uri}: {describe_error(error)}") from error
+    except ValueError as error:  # an unknown scheme, which fsspec names without the address
+        raise ValueError(str(error) if uri in str(error) else f"cannot read {uri}: {error}") from error
     return filesystem, str(key)
 
 
@@ -241,17 +297,20 @@ def _check_bucket(uri: str) -> None:
         raise FileNotFoundError(f"there is no bucket {bucket!r}") from None
 
 
-def _delete_file(uri: str) -> None:
+def delete_file(uri: str) -> None:
+    """Delete a file; nothing happens where there is none."""
     path = local_path(uri)
     if path is not None:
-        path.unlink()
-    else:
+        path.unlink(missing_ok=True)
+    elif exists(uri):
         filesystem, key = _open_s3(uri)
         _ask(uri, "delete", lambda: filesystem.rm_file(key))
 
 
 def _ask(uri: str, verb: str, call: Callable[[], _Answer]) -> _Answer:
     """Return what ``call`` gets from a remote store; StoreError ``cannot {verb} {uri}: ...`` once patience ends."""
+    if not uri.startswith("s3://"):  # each of fsspec's file systems fails in ways of its own
+        return ask_store(uri, verb, call, failures=(Exception,), broken=())
     try:
         from aiobotocore.response import AioReadTimeoutError  # type: ignore[import-untyped]
         from aiohttp import ClientError, ClientPayloadError

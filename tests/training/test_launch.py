@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from prompt_diffusion.engine.config import TrainResources
+from prompt_diffusion.engine.events import LaunchEvent
 from prompt_diffusion.store.manifest import open_manifest
 from prompt_diffusion.store.stage import Context, obtain
 from prompt_diffusion.training.launch import TimeLimitError, TrainingStoppedError, build_command, run_command
@@ -54,11 +55,15 @@ def check_same_training(found, expected):
     np.testing.assert_allclose(table["loss"], expected_table["loss"], rtol=1e-3)
 
 
-def test_torchrun_goes_on_after_the_loss_of_a_process(alone, train_inputs, tiny_config, tmp_path, capfd):
-    killed = []
+def test_torchrun_goes_on_after_the_loss_of_a_process(
+    alone, train_inputs, tiny_config, tmp_path, capfd, monkeypatch, tmp_path_factory
+):
+    killed, temporary = [], tmp_path_factory.mktemp("temporary")
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setenv("WORLD_SIZE", "7")  # left by a batch system: torchrun's own counts
 
     def kill_at_step_3(event):
-        if event.get("step") == 3 and not killed:
+        if getattr(event, "step", None) == 3 and not killed:
             rank = next(p for p in find_processes("training.run") if p.environ().get("LOCAL_RANK") == "1")
             killed.append(rank.pid)
             rank.kill()
@@ -68,6 +73,7 @@ def test_torchrun_goes_on_after_the_loss_of_a_process(alone, train_inputs, tiny_
     assert killed
     check_same_training(read_history(tiny_config, train_inputs, str(tmp_path)), alone)
     assert "failed to connect" not in capfd.readouterr().err, "an attempt looked for the dead of the one before"
+    assert not list(temporary.glob("torchelastic_*"))
 
 
 @pytest.mark.timeout(300)
@@ -76,8 +82,8 @@ def test_ray_train_goes_on_after_the_loss_of_a_worker(alone, train_inputs, tiny_
     killed, steps = [], []
 
     def kill_at_step_3(event):
-        steps.append(event.get("step"))
-        if event.get("step") == 3 and not killed:
+        steps.append(getattr(event, "step", None))
+        if getattr(event, "step", None) == 3 and not killed:
             worker = find_processes("ray::RayTrainWorker")[-1]
             killed.append(worker.pid)
             worker.kill()
@@ -99,9 +105,7 @@ def test_a_time_limit_stops_a_training_with_a_checkpoint(train_inputs, tiny_conf
         with pytest.raises(TimeLimitError, match=rf"time limit of {limit} seconds: run the same command to go on"):
             obtain(
                 Train(config, train_inputs),
-                Context(
-                    str(tmp_path), resources, lambda told: lambda event: steps.append(event.get("step"))(told.event)
-                ),
+                Context(str(tmp_path), resources, lambda told: steps.append(getattr(told.event, "step", None))),
             )
         assert find_processes("prompt_diffusion.training") == []
         saved = [int(path.parent.name.removeprefix("step-")) for path in tmp_path.rglob("state.json")]
@@ -114,7 +118,7 @@ def test_an_interrupt_of_the_launching_process_leaves_a_checkpoint(train_inputs,
     config = tiny_config.model_copy(update={"num_steps": 100_000})
 
     def interrupt(event):
-        if event.get("step") == 4:
+        if getattr(event, "step", None) == 4:
             raise KeyboardInterrupt
 
     resources = TrainResources(num_processes=2, log_every_steps=1, device_batch_size=3)
@@ -152,9 +156,9 @@ def test_the_logged_command_works_by_hand_and_speaks_to_a_person(train_inputs, t
     said = []
 
     def stop(event):
-        if "command" not in event:
+        if not isinstance(event, LaunchEvent):
             raise RuntimeError("the launching process ends")
-        said.append(event["command"])
+        said.append(event.command)
 
     resources = TrainResources(**OFTEN)
     with pytest.raises(RuntimeError):

@@ -14,8 +14,8 @@ import safetensors.numpy
 
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.store.manifest import open_manifest
-from prompt_diffusion.training.launch import LAUNCHER_VARIABLE, TrainSpec
-from prompt_diffusion.training.stage import Train
+from prompt_diffusion.training.launch import LAUNCHER_VARIABLE
+from prompt_diffusion.training.stage import Train, TrainSpec
 
 
 def start(config, inputs, store, folder, resources):
@@ -55,7 +55,7 @@ def whole(train_inputs, tiny_config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     resources = TrainResources(log_every_steps=1, device_batch_size=4)
     process = start(tiny_config, train_inputs, str(folder), folder, resources)
-    assert list(read_events(process))[-1].keys() == {"sealed"}
+    assert list(read_events(process))[-1]["kind"] == "sealed"
     assert process.wait() == 0
     return read_result(tiny_config, train_inputs, str(folder))
 

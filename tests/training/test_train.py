@@ -9,6 +9,7 @@ import torch
 from prompt_diffusion.data.shard_cache import ShardCache
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.engine.distributed import World
+from prompt_diffusion.engine.events import GridEvent, HardwareEvent, LaunchEvent, StepEvent, ValidationEvent
 from prompt_diffusion.model.base import load_base
 from prompt_diffusion.model.load import load_pipeline
 from prompt_diffusion.store.manifest import open_manifest
@@ -89,7 +90,7 @@ def test_a_dropped_pair_is_mid_grey_whatever_it_was(tiny_config, data):
     draws = [draw_sample(config, data, i) for i in range(40)]
     assert batch.has_example.tolist() == [d.has_example for d in draws]
     assert set(batch.has_example.tolist()) == {True, False}
-    other = dataclasses.replace(batch, pairs=tuple(255 - side for side in batch.pairs))
+    other = dataclasses.replace(batch, example_pairs=tuple(255 - side for side in batch.example_pairs))
     with torch.no_grad():
         changed = objective.compute_losses(batch)[0] != objective.compute_losses(other)[0]
     assert changed.tolist() == batch.has_example.tolist()
@@ -103,11 +104,13 @@ def test_a_sealed_training_is_a_pipeline_with_its_losses(train_inputs, tiny_conf
         Context(str(tmp_path), TrainResources(log_every_steps=1), lambda told: events.append(told.event)),
     )
     manifest = open_manifest(ref.uri)
-    assert [event["step"] for event in events if "loss" in event] == [1, 2, 3]
-    (validated,) = [event for event in events if "validation_loss" in event]
-    assert (validated["step"], validated["is_best"]) == (3, True)
-    (shown,) = [event for event in events if "grid_uri" in event]
-    assert read_bytes(shown["grid_uri"]) == manifest.read_file("grid.png")
+    assert isinstance(events[0], LaunchEvent)
+    assert isinstance(events[1], HardwareEvent)
+    assert [event.step for event in events if isinstance(event, StepEvent)] == [1, 2, 3]
+    (validated,) = [event for event in events if isinstance(event, ValidationEvent)]
+    assert (validated.step, validated.is_best) == (3, True)
+    (grid,) = [event for event in events if isinstance(event, GridEvent)]
+    assert read_bytes(grid.uri) == manifest.read_file("grid.png")
     losses = pq.read_table(tmp_path / "train" / ref.fingerprint / "losses.parquet").to_pylist()
     assert sum(row["num_samples"] for row in losses) == 3 * config.batch_size == manifest.counts["samples"]
     pipeline = load_pipeline(manifest.fetch_folder("pipeline", tmp_path / "cache"))
@@ -130,6 +133,7 @@ def test_two_processes_take_the_same_steps_as_one(train_inputs, tiny_config, tmp
         run_train(Train(config, train_inputs), str(tmp_path / "1"), TrainResources(), World()),
         obtain(Train(config, train_inputs), Context(str(tmp_path / "2"), TrainResources(num_processes=2))),
     )
+    assert [open_manifest(ref.uri).counts["processes"] for ref in refs] == [1, 2]
     tables = (open_manifest(ref.uri).read_file("losses.parquet") for ref in refs)
     one, two = (pq.read_table(io.BytesIO(data)).to_pydict() for data in tables)
     assert one["vision_task"] == two["vision_task"]
