@@ -139,9 +139,9 @@ class ImageFolderSource:
     @cached_property
     def _table(self) -> Table:
         """Return the table; ValueError where it cannot be understood, lacks a column or has no rows."""
-        uri, config = join_uri(self.config.uri, self.table), self.config
+        uri, config, data = join_uri(self.config.uri, self.table), self.config, self._data
         try:
-            table = TABLE_READERS[self.table](self._data, config.columns)
+            table = TABLE_READERS[self.table](data, config.columns)
         except (ValueError, pa.ArrowException, OSError) as error:
             raise ValueError(f"{uri} cannot be read: {' '.join(str(error).split())}") from error
         if not table.columns:
@@ -153,8 +153,8 @@ class ImageFolderSource:
         if missing:
             fields = {getattr(config, field): field for field in type(config).model_fields if field.endswith("_column")}
             raise ValueError(
-                f"{uri} has no columns {quote_names(missing)}; it has {quote_names(table.columns)}: rename them, or say "
-                f"which they are with {', '.join(f'ingest.source.{fields[name]}' for name in missing)}"
+                f"{uri} has no columns {quote_names(missing)}; it has {quote_names(sorted(table.columns))}: rename them, or "
+                f"say which they are with {', '.join(f'ingest.source.{fields[name]}' for name in missing)}"
             )
         return table
 
@@ -232,9 +232,10 @@ def _explain_tables(uri: str, tables: list[str]) -> str:
     path = local_path(uri)
     if path is not None and path.is_file():
         return f"{uri} is a file: name the folder that it lies in"
+    needed = f"{uri} needs one table out of {', '.join(TABLE_READERS)}"
     if not tables and not exists(uri):
-        return f"there is no folder {uri}"
-    needed = f"{uri} needs one table out of {', '.join(TABLE_READERS)}; it has {', '.join(tables) or 'none'}"
+        return f"{needed}: there is no folder {uri}"
+    needed += f"; it has {', '.join(tables) or 'none'}"
     others = [name for name in list_files(uri) if name.endswith((".csv", ".jsonl", ".parquet", ".json", ".tsv"))]
     return needed if tables or not others else f"{needed}, but there is {', '.join(map(repr, others[:3]))}"
 
