@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from prompt_diffusion.annotators.bounds import MOST_PIXELS
 from prompt_diffusion.annotators.weights import PublishedWeights
 from prompt_diffusion.device import DeviceResources
 
@@ -64,6 +65,8 @@ class AnnotatorSpec:
     version: int
     build: Builder
     weights: PublishedWeights | None = None
+    max_pixels: int = MOST_PIXELS
+    """What it is shown at most: a larger image is shrunk before, its map enlarged again, and that is said (`bounds.py`)."""
 
     def choose_digest(self, weights_sha256: str | None) -> str:
         """Return what pins the weights: the user's own sha256 if given, else the published pin, "" without weights."""

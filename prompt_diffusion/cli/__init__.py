@@ -94,6 +94,8 @@ def show_table(table: "BenchmarkTable", as_json: bool) -> None:
     for label, counts in zip(table.in_context.labels, table.in_context.confusion, strict=True):
         outcomes.add_row(label.replace("hed", "HED"), *map(str, counts))
     console = Console(highlight=False)
+    created = str(table.provenance.get("created", "an unknown time")).partition(".")[0]
+    console.print(f"The table of training {table.training or '(unknown)'}, made at {created}.")
     console.print(grid)
     for measure in sorted({describe_measure(cell) for cell in table.cells}):
         console.print(f"Measured here: {measure}.")
@@ -105,15 +107,30 @@ def show_table(table: "BenchmarkTable", as_json: bool) -> None:
 
 @app.command(rich_help_panel=INSPECT)
 @say_errors
-def table(as_json: JsonOption = False, store: StoreOption = None) -> None:
-    """Print the newest benchmark table.
+def table(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Whose table: models:/NAME/VERSION, or a training's fingerprint; default: the newest table."
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+    store: StoreOption = None,
+) -> None:
+    """Print a benchmark table: the newest, or the one of a model.
 
-    Example: prompt-diffusion table --json
+    Example: prompt-diffusion table models:/prompt-diffusion@champion
     """
     from prompt_diffusion.evaluation.table import find_newest_table
     from prompt_diffusion.settings import load_settings
 
-    show_table(find_newest_table(store or load_settings().store), as_json)
+    settings = load_settings()
+    training = model
+    if model is not None and model.startswith("models:/"):
+        from prompt_diffusion.generation.model import identify_model
+
+        training = identify_model(model, settings).fingerprint
+    show_table(find_newest_table(store or settings.store, training), as_json)
 
 
 @app.command(rich_help_panel=INSPECT)

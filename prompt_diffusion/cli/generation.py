@@ -209,8 +209,8 @@ def _make(
             made[-1]["map_file"] = str(map_out)
         request = generation.record.request
         print(
-            f"{path}: {request.size} x {request.size} pixels, seed {request.seed}, {request.num_inference_steps} steps, "
-            f"guidance {request.guidance_scale:g}",
+            f"{path}: by {request.model}, {request.size} x {request.size} pixels, seed {request.seed}, "
+            f"{request.num_inference_steps} steps, guidance {request.guidance_scale:g}",
             file=sys.stderr,
         )
     if as_json:

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
@@ -39,6 +40,11 @@ def parse_overrides(texts: list[str]) -> dict[str, Any]:
                     f"and single quotes around it, --set '{key}={_requote(value)}'"
                 ) from None
             overrides[key] = value
+        except (
+            RecursionError,
+            ValueError,
+        ) as error:  # nested a thousand levels deep, or a number of thousands of digits
+            raise ValueError(f"--set {key}: its value is no JSON that can be read ({error})") from None
     return overrides
 
 
@@ -64,10 +70,21 @@ def say_errors(command: Callable[P, R]) -> Callable[P, R]:
             print(f"prompt-diffusion: {place}: {message}, got {first['input']!r}", file=sys.stderr)
             raise typer.Exit(USER_ERROR) from None
         except (ValueError, OSError) as error:
-            print(f"prompt-diffusion: {error}", file=sys.stderr)
+            said = (
+                str(error) if _has_working_directory() else "the working directory was deleted: change into another one"
+            )
+            print(f"prompt-diffusion: {said}", file=sys.stderr)
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt as stop:
             print(f"prompt-diffusion: {str(stop) or 'stopped; run the same command to go on'}", file=sys.stderr)
             raise typer.Exit(STOPPED) from None
 
     return wrapped
+
+
+def _has_working_directory() -> bool:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return False
+    return True

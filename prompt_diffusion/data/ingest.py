@@ -59,7 +59,7 @@ class IngestConfig(FrozenModel):
     """The training resolution in pixels: a centre square, resized once by Lanczos."""
     split_fractions: tuple[float, float, float] = (0.90, 0.05, 0.05)
     """Train, validation and test: shares of the prompt groups, in source order."""
-    shard_rows: int = Field(default=256, ge=1)
+    shard_rows: int = Field(default=256, ge=1, le=1_000_000)
     """Samples a shard. It shapes the files, so it belongs to their identity."""
     reject_budget: float = Field(default=0.01, ge=0.0, le=1.0)
     """The share of samples that may be rejected before the stage fails. Not part of the identity."""

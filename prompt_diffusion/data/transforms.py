@@ -5,20 +5,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import ExifTags, Image
+
+from prompt_diffusion.image_files import MAX_PIXELS, check_format, open_image
 
 if TYPE_CHECKING:
     import torch
 
 Pixels = NDArray[np.uint8]
 
-MAX_PIXELS = 64 * 1024 * 1024
 WHITE_16_BIT = 65535
 """The 16-bit grey value that is white, as PNG and TIFF mean it."""
 _ORIENTATION = ExifTags.Base.Orientation
 _SAME_SHAPE = 1.02  # the most that two aspects may differ in a pair
-# Intact files carry megabytes of text (an editor's workflow) or a printer's colour profile; 64 MiB in all stay the limit.
-PngImagePlugin.MAX_TEXT_CHUNK = 16 * 1024 * 1024
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -33,13 +32,13 @@ _TURNS = {
 def decode_image(data: bytes, white: int = WHITE_16_BIT) -> Pixels:
     """Decode an image file to uint8 RGB (H, W, 3), turned as its EXIF says, alpha over white, 16-bit grey scaled to 8.
 
-    `white` is the 16-bit grey value that becomes 255, as does all above it. ValueError, in one sentence, for what is empty,
-    damaged, truncated, animated, of an unknown format or larger than 64 megapixels.
+    ``white`` is the 16-bit grey value that becomes 255, as does all above it. ValueError, in one sentence, for what is
+    empty, damaged, truncated, animated, larger than 64 megapixels, or of a format that is not taken (``IMAGE_FORMATS``).
     """
     if not data:
         raise ValueError("the image is empty")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             _check_header(image)
             image.load()
             return normalise_image(image, white)
@@ -70,6 +69,7 @@ def _check_header(image: Image.Image) -> None:
 
 def normalise_image(image: Image.Image, white: int = WHITE_16_BIT) -> Pixels:
     """Return any Pillow mode as uint8 RGB (H, W, 3), as ``decode_image`` says; ValueError for pixels of an unknown range."""
+    check_format(image)
     image = _turn_upright(image)
     if image.mode == "F":
         raise _RefusedImageError("the image has floating-point pixels, whose range is not known")

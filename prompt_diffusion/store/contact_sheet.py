@@ -2,8 +2,9 @@
 
 import io
 
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw
 
+from prompt_diffusion.image_files import DECODER_ERRORS, MAX_PIXELS, open_image
 from prompt_diffusion.store.lettering import Lettering
 
 _CELL_PIXELS = 128
@@ -59,8 +60,11 @@ def _draw_cell(data: bytes | None, name: str, words: list[str]) -> Image.Image:
     if data is None:
         return cell
     try:
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+        opened = open_image(data)
+        if opened.width * opened.height > MAX_PIXELS:
+            raise ValueError(f"it has {opened.width} x {opened.height} pixels, more than {MAX_PIXELS}")
+        image = opened.convert("RGB")
+    except DECODER_ERRORS as error:
         raise ValueError(f"the column {name!r} of the row {' / '.join(words)!r} holds no image: {error}") from error
     scale = _CELL_PIXELS / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)

@@ -1,6 +1,7 @@
-"""The half of the storage that is a local folder: listings that bear company, files that appear whole or not at all."""
+"""The half of the storage that is a local folder: listings that bear company, files that appear whole or not at all, locks."""
 
 import errno
+import fcntl
 import os
 import shutil
 import uuid
@@ -9,6 +10,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TEMPORARY_SUFFIX = ".tmp~"
+
+
+@contextmanager
+def hold(path: Path) -> Iterator[None]:
+    """Keep other processes and threads of this machine out for the time of the block; a killed holder lets go."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def list_folder(folder: Path) -> dict[str, int]:

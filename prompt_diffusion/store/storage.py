@@ -225,7 +225,7 @@ def check_writable(root: str) -> None:
             _check_bucket(root)
         created = create_bytes(probe, b"probe")
         created_again = create_bytes(probe, b"probe")
-        _delete_file(probe)
+        delete_file(probe)
     except ImportError as error:
         raise ValueError(f"cannot write to the store {root}: install the extra 's3' ({error})") from error
     except OSError as error:
@@ -297,11 +297,12 @@ def _check_bucket(uri: str) -> None:
         raise FileNotFoundError(f"there is no bucket {bucket!r}") from None
 
 
-def _delete_file(uri: str) -> None:
+def delete_file(uri: str) -> None:
+    """Delete a file; nothing happens where there is none."""
     path = local_path(uri)
     if path is not None:
-        path.unlink()
-    else:
+        path.unlink(missing_ok=True)
+    elif exists(uri):
         filesystem, key = _open_s3(uri)
         _ask(uri, "delete", lambda: filesystem.rm_file(key))
 

@@ -95,7 +95,11 @@ class Actions:
         """Return the file of a photograph's map."""
         if photograph is None:
             raise ValueError("there is no photograph to make a map of: drop one first")
-        png = self.maps.make_map(_read("photograph", photograph), annotator)
+        data = _read("photograph", photograph)
+        png = self.maps.make_map(data, annotator)
+        note = self.maps.say_limit(data, annotator)
+        if note is not None:
+            gr.Warning(escape(note), duration=15)
         return save_png(png, f"{Path(photograph).stem}-{annotator}")
 
 

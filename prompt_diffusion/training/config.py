@@ -30,7 +30,7 @@ class DropoutConfig(FrozenModel):
 class SamplingConfig(FrozenModel):
     """How images are generated with the model: in the validation grid, and by its pipeline unless a call says otherwise."""
 
-    num_inference_steps: int = Field(default=50, ge=1)
+    num_inference_steps: int = Field(default=50, ge=1, le=1000)
     """Denoising steps."""
     guidance_scale: float = Field(default=7.5, ge=1.0)
     """Guidance weight; 1 is no guidance, which the grid's image-to-map rows always have."""
@@ -72,9 +72,9 @@ class TrainConfig(FrozenModel):
     """Train the UNet's decoder, too, as published (in its code the flag that should lock the decoder is inverted)."""
     sampling: SamplingConfig = SamplingConfig()
     """How images are generated with the model; saved with it."""
-    batch_size: int = Field(default=512, ge=1)
+    batch_size: int = Field(default=512, ge=1, le=1_000_000)
     """Samples a step, over all processes and micro-batches."""
-    num_steps: int = Field(default=5000, ge=1)
+    num_steps: int = Field(default=5000, ge=1, le=1_000_000_000)
     """Optimizer steps."""
     seed: int = 0
     """Seed of the sample order, the noise and the new weights."""

@@ -55,8 +55,12 @@ def check_same_training(found, expected):
     np.testing.assert_allclose(table["loss"], expected_table["loss"], rtol=1e-3)
 
 
-def test_torchrun_goes_on_after_the_loss_of_a_process(alone, train_inputs, tiny_config, tmp_path, capfd):
-    killed = []
+def test_torchrun_goes_on_after_the_loss_of_a_process(
+    alone, train_inputs, tiny_config, tmp_path, capfd, monkeypatch, tmp_path_factory
+):
+    killed, temporary = [], tmp_path_factory.mktemp("temporary")
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setenv("WORLD_SIZE", "7")  # left by a batch system: torchrun's own counts
 
     def kill_at_step_3(event):
         if getattr(event, "step", None) == 3 and not killed:
@@ -69,6 +73,7 @@ def test_torchrun_goes_on_after_the_loss_of_a_process(alone, train_inputs, tiny_
     assert killed
     check_same_training(read_history(tiny_config, train_inputs, str(tmp_path)), alone)
     assert "failed to connect" not in capfd.readouterr().err, "an attempt looked for the dead of the one before"
+    assert not list(temporary.glob("torchelastic_*"))
 
 
 @pytest.mark.timeout(300)
