@@ -9,7 +9,7 @@ import pytest
 
 import prompt_diffusion
 from flows.run import start_run
-from flows.train import build_custom_overrides, prepare_custom_inputs, train_custom, train_six_task
+from flows.train import build_custom_overrides, prepare_custom_inputs, train_custom, train_six_task, use_pairs
 from prompt_diffusion.data.ingest import IngestConfig, build_source
 from prompt_diffusion.data.shard_cache import ShardCache
 from prompt_diffusion.data.sources.scenes import ScenesConfig
@@ -140,3 +140,13 @@ def test_a_wrong_parameter_is_refused_before_anything_is_made(arguments, sentenc
         train_custom(**{"folder": str(pairs), "model": None, "preset": "smoke", "store": str(store)} | arguments)
     assert "\n" not in str(caught.value)
     assert list_files(str(store)) == []
+
+
+def test_a_users_own_columns_are_said_by_an_override(tmp_path):
+    folder = write_pairs(tmp_path / "pairs", 2, columns=("before", "image", "text"))
+    columns = {"source_column": "before", "target_column": "image", "caption_column": "text"}
+    source = {"kind": "image_folder", "uri": "elsewhere", **columns}
+    run = use_pairs(start_run("smoke", {"ingest.source": source}, str(tmp_path / "store")), str(folder), "sketch")
+    found = run.config.ingest.source
+    assert (found.uri, found.condition) == (str(folder), "sketch")
+    assert [key.sample_id for key in build_source(run.config.ingest).plan()] == ["000.png", "001.png"]
