@@ -163,7 +163,7 @@ class Lease:
     def _is_ours(self) -> bool:
         """Say whether our file is still ours; where a person deleted the whole folder, it is written again."""
         try:
-            return _parse(read_bytes(self._uri(self._number))).get("owner") == self._record["owner"]
+            return bool(_parse(read_bytes(self._uri(self._number))).get("owner") == self._record["owner"])
         except (FileNotFoundError, NotADirectoryError):
             return not list_files(self.folder)
 
