@@ -117,7 +117,7 @@ def _train(
         base, controlnet.eval(), sampling.num_inference_steps, sampling.guidance_scale, default_image_size=len(shown)
     ).to("cpu", memory_format=torch.contiguous_format)
     check_owner()
-    return _seal_model(config, identity, store_root, pipeline, state, grid)
+    return _seal_model(config, identity, store_root, pipeline, state, grid, world.size)
 
 
 def build_controlnet(config: TrainConfig, base: Base) -> PromptDiffusionControlNet:
@@ -176,6 +176,7 @@ def _seal_model(
     pipeline: PromptDiffusionPipeline,
     state: TrainState,
     grid: bytes,
+    num_processes: int,
 ) -> ManifestRef:
     with tempfile.TemporaryDirectory() as folder:
         pipeline.save_pretrained(folder, safe_serialization=True)
@@ -190,6 +191,7 @@ def _seal_model(
         "steps": state.step,
         "samples": state.step * config.batch_size,
         "skipped_steps": state.num_skipped,
+        "processes": num_processes,  # no part of the identity, though sums over other shares round otherwise
     }
     return seal_manifest(identity, store_root, files, counts=counts)
 

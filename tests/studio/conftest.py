@@ -88,7 +88,7 @@ def page(browser, studio):
     """Open the page as a new visitor; nothing that it does may ask another machine, or fail in a script."""
     context = browser.new_context(viewport={"width": 1440, "height": 900})
     page = context.new_page()
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(120_000)
     asked, failed = [], []
     page.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: failed.append(str(error)))

@@ -133,6 +133,7 @@ def test_two_processes_take_the_same_steps_as_one(train_inputs, tiny_config, tmp
         run_train(Train(config, train_inputs), str(tmp_path / "1"), TrainResources(), World()),
         obtain(Train(config, train_inputs), Context(str(tmp_path / "2"), TrainResources(num_processes=2))),
     )
+    assert [open_manifest(ref.uri).counts["processes"] for ref in refs] == [1, 2]
     tables = (open_manifest(ref.uri).read_file("losses.parquet") for ref in refs)
     one, two = (pq.read_table(io.BytesIO(data)).to_pydict() for data in tables)
     assert one["vision_task"] == two["vision_task"]
