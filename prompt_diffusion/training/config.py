@@ -65,17 +65,10 @@ class TrainConfig(FrozenModel):
     train_decoder: bool = True
     """Train the UNet's decoder, too, as published (in its code the flag that should lock the decoder is inverted)."""
     sampling: SamplingConfig = SamplingConfig()
-<<<<<<< HEAD
-    """How pictures are made with the model; saved with it."""
-    batch_size: int = Field(default=512, ge=1, le=1_000_000)
-    """Samples a step in all, over every process and micro-batch."""
-    num_steps: int = Field(default=5000, ge=1, le=1_000_000_000)
-=======
     """How images are generated with the model; saved with it."""
-    batch_size: int = Field(default=512, ge=1)
+    batch_size: int = Field(default=512, ge=1, le=1_000_000)
     """Samples a step, over all processes and micro-batches."""
-    num_steps: int = Field(default=5000, ge=1)
->>>>>>> main
+    num_steps: int = Field(default=5000, ge=1, le=1_000_000_000)
     """Optimizer steps."""
     seed: int = 0
     """Seed of the sample order, the noise and the new weights."""
