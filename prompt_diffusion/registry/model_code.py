@@ -1,4 +1,7 @@
-"""What MLflow runs to serve a registered model: a copy of this file lies beside it, all else is the installed package."""
+"""What MLflow runs to serve a registered model: a copy of this file lies beside it, all else is the installed package.
+
+MLflow runs that copy as it then is, unchecked: who can write to the registry's artifacts can run code where a model is served.
+"""
 
 import mlflow
 
