@@ -8,15 +8,18 @@ import io
 import struct
 import zlib
 
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, PngImagePlugin
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """What is taken, as Pillow names it."""
 MAX_PIXELS = 64 * 1024 * 1024
 """What is decoded at most, by the header."""
+# Intact files carry megabytes of text (an editor's workflow) or a printer's colour profile; 64 MiB in all stay the limit.
+PngImagePlugin.MAX_TEXT_CHUNK = 16 * 1024 * 1024
 # What Pillow's decoders raise on damaged data, beside OSError: each format's parser has its own way to stumble.
 DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, OverflowError, AttributeError, MemoryError,
+    NotImplementedError,
     struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 _OPENED_AS = (*IMAGE_FORMATS, "MPO")  # a JPEG with a second picture behind the first is opened as MPO

@@ -29,5 +29,11 @@ class Settings(BaseSettings):
 
 
 def load_settings() -> Settings:
-    """Read the environment."""
+    """Read the environment; ValueError where the working directory, which relative places begin at, was deleted."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise ValueError(
+            "the working directory was deleted: change into another one and run the command again"
+        ) from None
     return Settings()

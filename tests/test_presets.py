@@ -38,6 +38,7 @@ def test_every_preset_survives_a_round_trip_through_json(name):
 
 def test_paper_has_the_published_values():
     train, evaluate = build_preset("paper").train, build_preset("paper").evaluate
+    assert train.draw == "group"
     assert (train.batch_size, train.num_steps, train.optimizer.name, train.optimizer.learning_rate) == (
         512,
         5000,
@@ -63,7 +64,9 @@ def test_paper_has_the_published_values():
 
 def test_papers_one_departure_in_training_is_its_precision_and_a_field_takes_it_back():
     plain = TrainConfig(
-        base=build_preset("paper").train.base, sampling=SamplingConfig(num_inference_steps=100, guidance_scale=9.0)
+        base=build_preset("paper").train.base,
+        draw="group",
+        sampling=SamplingConfig(num_inference_steps=100, guidance_scale=9.0),
     )
     assert build_preset("paper").train == plain.model_copy(update={"precision": "bfloat16"})
     assert build_preset("paper", {"train.precision": "float32"}).train == plain

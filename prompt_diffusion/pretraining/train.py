@@ -170,10 +170,12 @@ def pretrain_base(
     resources: TrainResources,
     world: World,
     on_event: Callable[[str], OnEvent],
+    check_owner: Callable[[], None] | None = None,
 ) -> Base:
     """Train autoencoder, then UNet and text encoder, on pictures and captions; resumes from checkpoints.
 
     ``checkpoints`` and ``on_event`` return the checkpoint folder and the listener of a phase, ``vae`` or ``unet``.
+    ``check_owner`` raises where another run has taken the folders over.
     """
     torch.manual_seed(config.seed)
     vae, unet = build_vae(config), build_unet(config)
@@ -185,7 +187,7 @@ def pretrain_base(
             vae, pictures, config.seed, config.vae_steps * config.vae_batch_size, config.crop_fraction
         ),
         dict(vae.named_parameters()),
-        LoopPlan(config.vae_steps, config.vae_batch_size, config.vae_optimizer, checkpoints("vae")),
+        LoopPlan(config.vae_steps, config.vae_batch_size, config.vae_optimizer, checkpoints("vae"), check_owner),
         resources,
         world,
         on_event("vae"),
@@ -211,7 +213,7 @@ def pretrain_base(
     run_loop(
         objective,
         parameters,
-        LoopPlan(config.unet_steps, config.unet_batch_size, config.unet_optimizer, checkpoints("unet")),
+        LoopPlan(config.unet_steps, config.unet_batch_size, config.unet_optimizer, checkpoints("unet"), check_owner),
         resources,
         world,
         on_event("unet"),

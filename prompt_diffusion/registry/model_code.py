@@ -1,6 +1,7 @@
 """What MLflow runs to serve a registered model: a copy of this file lies beside it, all else is the installed package.
 
-MLflow runs that copy as it then is, unchecked: who can write to the registry's artifacts can run code where a model is served.
+MLflow runs that copy whatever it holds, and checks no digest of it: where others can write to the artifacts, they choose what
+``mlflow models serve`` and ``mlflow.pyfunc.load_model`` execute. Our own ``load`` neither fetches nor runs it.
 """
 
 import mlflow

@@ -25,7 +25,7 @@ from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
 from pydantic import Field, ValidationError
 
 from prompt_diffusion.data.transforms import Pixels, check_pair_shape, decode_image, encode_png, resize_image
-from prompt_diffusion.frozen import FrozenModel
+from prompt_diffusion.frozen import FrozenModel, say_first_error
 from prompt_diffusion.registry.cache import check_folder
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
     def load_context(self, context: Any) -> None:  # noqa: ANN401 - MLflow's own class
         """Load the pipeline beside the code, its files checked; on a GPU where there is one."""
+        refuse_unknown_names()
         from prompt_diffusion.device import AUTO, choose_device
         from prompt_diffusion.model.load import load_pipeline
 
@@ -99,9 +100,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             self._check_size(len(rows), chosen)
             images = [encode_base64(self._generate(row, chosen, place, patience)) for place, row in enumerate(rows)]
         except ValidationError as error:
-            first = error.errors()[0]
-            message = f"params.{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}"
-            raise MlflowException.invalid_parameter_value(message) from None
+            raise MlflowException.invalid_parameter_value(f"params.{say_first_error(error)}") from None
         except ValueError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
         return pd.DataFrame({"image": images})
@@ -138,6 +137,37 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             ).images
         result: Pixels = image
         return result
+
+
+def refuse_unknown_names() -> None:
+    """Have MLflow answer a request of our models with status 400 where it would drop a column or a parameter with a log line.
+
+    MLflow drops them before it calls the model, and offers no setting; so its check is called through ours. Other models that
+    are loaded in this process are none of our business: ours are known by the names of their parameters.
+    """
+    check = mlflow.pyfunc._validate_prediction_input
+    if getattr(check, "refuses_unknown_names", False):
+        return
+
+    def check_names(data: Any, params: Any, input_schema: Any, params_schema: Any, flavor: Any = None) -> Any:  # noqa: ANN401
+        names = [spec.name for spec in params_schema.params] if params_schema is not None else []
+        if set(names) == set(Params.model_fields):
+            _refuse_strangers("params", params, names)
+            _refuse_strangers(
+                "columns", data if isinstance(data, pd.DataFrame | dict) else None, input_schema.input_names()
+            )
+        return check(data, params, input_schema, params_schema, flavor)
+
+    check_names.refuses_unknown_names = True  # type: ignore[attr-defined]
+    mlflow.pyfunc._validate_prediction_input = check_names
+
+
+def _refuse_strangers(kind: str, given: Any, known: list[str]) -> None:  # noqa: ANN401 - a table or a dictionary
+    strangers = [str(name) for name in given if name not in known] if given is not None else []
+    if strangers:
+        raise MlflowException.invalid_parameter_value(
+            f"unknown {kind}: {', '.join(strangers)}; a request may have {', '.join(known)}"
+        )
 
 
 class _Patience:
@@ -196,6 +226,7 @@ def read_image(text: object, name: str) -> Pixels:
     if not isinstance(text, str):
         raise ValueError(f"{name} is no text: images are base64 of PNG or JPEG files")
     content = text.rpartition("base64,")[2] if text.startswith("data:") else text
+    content = "".join(content.split())  # many programs break its lines
     if len(content) > MAX_IMAGE_BYTES * 4 // 3 + 4:
         raise ValueError(f"{name} is longer than {MAX_IMAGE_BYTES >> 20} MiB: send a smaller image")
     try:

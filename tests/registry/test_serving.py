@@ -138,6 +138,22 @@ def test_images_may_be_of_any_size_and_kind(pyfunc, row):
     assert image.shape == (32, 32, 3)
 
 
+def test_base64_may_have_line_breaks(pyfunc, row):
+    broken = {name: base64.encodebytes(base64.b64decode(text)).decode() for name, text in row.items()}
+    assert any("\n" in text.strip() for text in broken.values())
+    whole, other = (predict(pyfunc, [each], num_inference_steps=1)[0] for each in (row, broken))
+    np.testing.assert_array_equal(whole, other)
+
+
+def test_models_of_others_in_the_same_process_keep_mlflows_own_manners(pyfunc):
+    import mlflow
+    from mlflow.types.schema import ParamSchema, ParamSpec
+
+    theirs = ParamSchema([ParamSpec("temperature", "double", 1.0)])
+    _, params = mlflow.pyfunc._validate_prediction_input("x", {"unheard": 1}, None, theirs)
+    assert params == {"temperature": 1.0}
+
+
 def large_png():
     """A few kilobytes that would be 100 megapixels."""
     buffer = io.BytesIO()
@@ -168,6 +184,8 @@ def wide_png():
             "params.num_inference_steps: Input should be greater than or equal to 1, got 0",
         ),
         ({}, {"guidance_scale": float("nan")}, "params.guidance_scale: Input should be a finite number, got nan"),
+        ({}, {"num_steps": 3}, "unknown params: num_steps; a request may have guidance_scale, num_inference_steps"),
+        ({"negativ_prompt": "x"}, {}, "unknown columns: negativ_prompt; a request may have prompt"),
         ({}, {"seed": -1}, "params.seed: Input should be greater than or equal to 0, got -1"),
     ],
 )

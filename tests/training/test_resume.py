@@ -14,8 +14,8 @@ import safetensors.numpy
 
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.store.manifest import open_manifest
-from prompt_diffusion.training.launch import LAUNCHER_VARIABLE, TrainSpec
-from prompt_diffusion.training.stage import Train
+from prompt_diffusion.training.launch import LAUNCHER_VARIABLE
+from prompt_diffusion.training.stage import Train, TrainSpec
 
 
 def start(config, inputs, store, folder, resources):
