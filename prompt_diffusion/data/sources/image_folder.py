@@ -6,7 +6,6 @@ A table beside the images lists them, named as Hugging Face's image folders name
 into prompt groups, a column `split` say where they belong. One image stands on both sides of its record.
 """
 
-import io
 import logging
 import posixpath
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,6 @@ from functools import cached_property
 from typing import Any, Literal
 
 import pyarrow as pa
-from PIL import Image
 from pydantic import Field
 
 from prompt_diffusion.data.records import ImagePair, Split
@@ -33,6 +31,7 @@ from prompt_diffusion.data.sources.base import (
 from prompt_diffusion.data.sources.digest import digest_files
 from prompt_diffusion.data.sources.tables import TABLE_READERS, Table, TableRow, quote_names
 from prompt_diffusion.data.transforms import WHITE_16_BIT, Pixels, decode_image
+from prompt_diffusion.image_files import open_image
 from prompt_diffusion.store.manifest import Reject
 from prompt_diffusion.store.storage import exists, find_facts, join_uri, list_files, local_path, read_bytes
 
@@ -215,7 +214,7 @@ class ImageFolderSource:
         """Say once that a 16-bit image is almost black: its values are likely to be millimetres."""
         if self._has_warned or pixels.max(initial=0) >= _ALMOST_BLACK:
             return
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             if not image.mode.startswith("I"):
                 return
         self._has_warned = True
