@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-_START_TIMEOUT_SECONDS = 120
+_START_TIMEOUT_SECONDS = 400
 _CHROMIUM_OPTIONS = (
     "--no-sandbox",
     "--disable-gpu",
@@ -88,7 +88,7 @@ def page(browser, studio):
     """Open the page as a new visitor; nothing that it does may ask another machine, or fail in a script."""
     context = browser.new_context(viewport={"width": 1440, "height": 900})
     page = context.new_page()
-    page.set_default_timeout(120_000)
+    page.set_default_timeout(240_000)  # the first image loads torch: seconds, or minutes on a busy machine
     asked, failed = [], []
     page.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: failed.append(str(error)))

@@ -15,6 +15,8 @@ from prompt_diffusion.generation import read_record
 from prompt_diffusion.settings import Settings
 from prompt_diffusion.store.fingerprint import compute_digest
 
+pytestmark = pytest.mark.timeout(1200)
+
 
 def drop(page, field, path):
     page.locator(f"#{field} input[type=file]").set_input_files(path)

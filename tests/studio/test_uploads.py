@@ -14,6 +14,7 @@ import gradio as gr
 
 from prompt_diffusion.studio.limits import build_upload, is_upload
 
+pytestmark = pytest.mark.timeout(1200)
 MARKER = b"secret-of-the-store"
 API = "/gradio_api"
 
