@@ -32,7 +32,7 @@ from prefect.settings import (
 )
 
 from flows.reproduce import reproduce_run
-from flows.run import Overrides, Preset, as_subflow, start_run
+from flows.run import Overrides, as_subflow, start_run
 from flows.stages import find_benchmark, obtain_dataset, obtain_inputs, obtain_pairs
 from flows.train import train_joint_model
 from prompt_diffusion.store.fingerprint import StageIdentity
@@ -49,7 +49,7 @@ _SETTLE_SECONDS = 0.5  # a Ctrl-C that ends the server, too, is this process's o
 SERVER_LOST = 1
 
 
-def reproduce_here(preset: Preset, overrides: Overrides, store: str | None, home: Path) -> ManifestRef:
+def reproduce_here(preset: str, overrides: Overrides, store: str | None, home: Path) -> ManifestRef:
     """Return the table: made in this process where anything is missing, at once where everything is sealed.
 
     `home` is the folder of the embedded server. ValueError, one sentence, for what a user got wrong, before it starts.
@@ -63,14 +63,14 @@ def reproduce_here(preset: Preset, overrides: Overrides, store: str | None, home
         return as_subflow(reproduce_run, "reproduce")(run)
 
 
-def train_here(preset: Preset, overrides: Overrides, store: str | None, home: Path) -> ManifestRef:
+def train_here(preset: str, overrides: Overrides, store: str | None, home: Path) -> ManifestRef:
     """Return the model of all vision tasks, made in this process; ValueError as `reproduce_here` raises it."""
     run = start_run(preset, overrides, store)
     with embedded_server(home):
         return as_subflow(train_joint_model, "train")(run)
 
 
-def find_train_identity(preset: Preset, overrides: Overrides, store: str | None) -> StageIdentity:
+def find_train_identity(preset: str, overrides: Overrides, store: str | None) -> StageIdentity:
     """Return what that training would be known by; UnsealedError names a stage before it that is not made.
 
     Asks the store alone, and writes nothing.
@@ -136,7 +136,8 @@ def check_server() -> None:
 def _serve(port: int, log: Path) -> Iterator[None]:
     """Run the server's process for the time of the block."""
     environment = os.environ | get_current_settings().to_environment_variables(exclude_unset=True)
-    command = [sys.executable, "-m", "flows.server", str(port)]
+    # -P: what lies in the current folder, such as a user's own flows.py or random.py, is not imported
+    command = [sys.executable, "-P", "-m", "flows.server", str(port)]
     with log.open("wb") as sink:
         # A session of its own: the terminal's Ctrl-C is for the flows.
         server = subprocess.Popen(

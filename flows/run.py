@@ -34,7 +34,6 @@ class Run:
     settings: Settings
     store: str
     upstream: Upstream
-    preset: Preset
 
     def making(self) -> Self:
         """Return the same run for the flow's own stages, which are made whatever is asked of those before them."""
@@ -46,7 +45,7 @@ class Run:
 
 
 def start_run(
-    preset: Preset,
+    preset: str,
     overrides: Overrides | None,
     store: str | None,
     upstream: Upstream = "make",
@@ -68,7 +67,7 @@ def start_run(
         root = str(Path(folder).resolve())  # references outlive this process and its working directory
     if writes:
         check_writable(root)
-    return Run(pin_models(config, settings, root) if needs_models else config, settings, root, upstream, preset)
+    return Run(pin_models(config, settings, root) if needs_models else config, settings, root, upstream)
 
 
 def pin_models(config: RunConfig, settings: Settings, store: str) -> RunConfig:

@@ -35,7 +35,7 @@ def train_six_task(
 def train_joint_model(run: Run) -> ManifestRef:
     """Train the joint model of a run, and register it."""
     model = obtain_joint_model(run.making(), prepare_inputs(run))
-    register(model, alias=choose_alias(run.preset))
+    register(model, alias=choose_alias(run.config.name))
     return model
 
 

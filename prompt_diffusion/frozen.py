@@ -2,7 +2,7 @@
 
 from typing import Any, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 
 class FrozenModel(BaseModel):
@@ -42,3 +42,17 @@ def _is_of_numbers(annotation: Any) -> bool:  # noqa: ANN401 - a type
     values = inner[1:] if get_origin(annotation) is dict else inner
     kinds = [each for each in values if each not in (type(None), Ellipsis)]
     return bool(kinds) and all(_is_of_numbers(each) for each in kinds)
+
+
+def say_first_error(error: ValidationError, whole: str = "") -> str:
+    """Return the first thing that is wrong, in one sentence: the field, what is allowed and what was given.
+
+    ``whole`` names the value where it is none of its fields that is wrong, but how they go together.
+    """
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if not place:
+        return f"{whole}: {message}" if whole else message
+    given = repr(first["input"])
+    return f"{place}: {message}, got {given if len(given) <= 80 else f'{given[:77]}...'}"

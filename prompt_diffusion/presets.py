@@ -16,7 +16,7 @@ from prompt_diffusion.data.sources.instruct_pix2pix import InstructPix2PixConfig
 from prompt_diffusion.data.sources.scenes import ScenesConfig
 from prompt_diffusion.engine.config import NoiseConfig, OptimizerConfig, TrainResources
 from prompt_diffusion.evaluation.config import EvaluateConfig, EvaluateResources
-from prompt_diffusion.frozen import FrozenModel
+from prompt_diffusion.frozen import FrozenModel, say_first_error
 from prompt_diffusion.model.references import DEMO_BASE
 from prompt_diffusion.training.config import DropoutConfig, SamplingConfig, TrainConfig
 from prompt_diffusion.training.encode import EncodeConfig, EncodeResources
@@ -296,10 +296,7 @@ def build_preset(name: str, overrides: Mapping[str, Any] | None = None) -> RunCo
     try:
         return RunConfig.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or name
-        message = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{place}: {message}, got {_shorten(first['input'])}") from None
+        raise ValueError(say_first_error(error, whole=name)) from None
 
 
 def _join_bases(content: dict[str, Any], *, is_chosen: bool) -> None:
@@ -358,8 +355,3 @@ def _check_depth(key: str, value: Any) -> None:  # noqa: ANN401 - any field's va
         depth += 1
         if depth > _MAX_DEPTH:
             raise ValueError(f"{key}: no field is nested deeper than {_MAX_DEPTH} levels, and this value is")
-
-
-def _shorten(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -8,12 +8,15 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from prompt_diffusion.annotators.bounds import MOST_PIXELS
 from prompt_diffusion.annotators.weights import PublishedWeights
 from prompt_diffusion.device import DeviceResources
 
 Condition = Literal["depth", "hed", "seg", "normal", "canny", "scribble", "lineart"]
 ImageBatch = npt.NDArray[np.uint8]
+
+MEGAPIXEL = 1 << 20
+MOST_PIXELS = 16 * MEGAPIXEL
+"""What any annotator is shown at most: several images are in flight at once, three bytes a pixel each."""
 
 
 class Annotator(Protocol):

@@ -6,19 +6,13 @@ A network's memory grows with the pixels (HED's by 0.6 kB a pixel), and a file o
 import logging
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-if TYPE_CHECKING:
-    from prompt_diffusion.annotators.base import Annotator, ImageBatch
+from prompt_diffusion.annotators.base import MEGAPIXEL, Annotator, ImageBatch
 
 logger = logging.getLogger(__name__)
-
-MEGAPIXEL = 1 << 20
-MOST_PIXELS = 16 * MEGAPIXEL
-"""What any annotator is shown at most: several images are in flight at once, three bytes a pixel each."""
 
 
 def fit_shape(height: int, width: int, max_pixels: int) -> tuple[int, int]:
@@ -44,7 +38,7 @@ def say_limit(name: str, height: int, width: int, max_pixels: int) -> str | None
 class BoundedAnnotator:
     """An annotator that is shown no more pixels than it has memory for."""
 
-    annotator: "Annotator"
+    annotator: Annotator
     max_pixels: int
     has_classes: bool
     """Whether the map's values are classes or strokes, which must not be mixed when it is enlarged."""
@@ -64,7 +58,7 @@ class BoundedAnnotator:
         """The annotator's own."""
         return self.annotator.weights_digest
 
-    def annotate(self, images: "ImageBatch") -> "ImageBatch":
+    def annotate(self, images: ImageBatch) -> ImageBatch:
         """Return the maps, of the images' own size; a warning says where they were made of smaller ones."""
         if images.ndim != 4 or images.shape[1] * images.shape[2] <= self.max_pixels:
             return self.annotator.annotate(images)
@@ -78,12 +72,12 @@ class BoundedAnnotator:
         if sentence is not None:
             _warn_once(sentence)
 
-    def shrink(self, image: "ImageBatch") -> "ImageBatch":
+    def shrink(self, image: ImageBatch) -> ImageBatch:
         """Return an image H,W,3 as the annotator sees it, resized by Lanczos where it is too large."""
         height, width = fit_shape(image.shape[0], image.shape[1], self.max_pixels)
         return _resize(image, height, width, Image.Resampling.LANCZOS)
 
-    def enlarge(self, map_: "ImageBatch", height: int, width: int) -> "ImageBatch":
+    def enlarge(self, map_: ImageBatch, height: int, width: int) -> ImageBatch:
         """Return a map of a shrunk image at the image's own size: bilinearly, or where it has classes, the nearest."""
         way = Image.Resampling.NEAREST if self.has_classes else Image.Resampling.BILINEAR
         return _resize(map_, height, width, way)
@@ -94,7 +88,7 @@ def _warn_once(sentence: str) -> None:
     logger.warning("%s", sentence)
 
 
-def _resize(image: "ImageBatch", height: int, width: int, way: Image.Resampling) -> "ImageBatch":
+def _resize(image: ImageBatch, height: int, width: int, way: Image.Resampling) -> ImageBatch:
     if image.shape[:2] == (height, width):
         return image
     return np.asarray(Image.fromarray(image).resize((width, height), way), np.uint8)

@@ -39,7 +39,7 @@ _LINES = (
 def find_ridges(edges: GreyMap, threshold: float = RIDGE_THRESHOLD, sigma: float = SCRIBBLE_SIGMA) -> GreyMap:
     """Thin soft edges H,W to lines of 255: after a blur, the maxima along any of four directions above the threshold.
 
-    Source: `nms` in annotator/hed of lllyasviel/ControlNet (ed85cd1), which it must agree with.
+    Source: ``nms`` in annotator/hed of lllyasviel/ControlNet (ed85cd1), which it must agree with.
     """
     import cv2
 

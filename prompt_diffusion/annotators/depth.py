@@ -1,14 +1,14 @@
 """Depth maps, near is bright, and surface normals from depth; this module stays light, torch comes with the build.
 
-Source of each pre- and post-processing: `depth_midas`, `normal_midas`: annotator/midas of the Prompt Diffusion repository
-(8ecd2d1), the network of controlnet-aux 0.0.10; `depth_anything_v2`: the depth-estimation pipeline of transformers.
+Source of each pre- and post-processing: ``depth_midas``, ``normal_midas``: annotator/midas of the Prompt Diffusion repository
+(8ecd2d1), the network of controlnet-aux 0.0.10; ``depth_anything_v2``: the depth-estimation pipeline of transformers.
 The digest of MiDaS's file begins with the eight digits in its published name.
 """
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from prompt_diffusion.annotators.bounds import MEGAPIXEL
+from prompt_diffusion.annotators.base import MEGAPIXEL
 from prompt_diffusion.annotators.network_spec import Infer, define_network
 from prompt_diffusion.annotators.weights import Arrays, HubFile, PublishedWeights
 
@@ -85,7 +85,7 @@ def build_depth_anything(arrays: Arrays, name: str, device: str) -> Infer:
 
 
 def wrap_depth_anything(network: Callable[..., object], size: int) -> Infer:
-    """Put transformers' pre- and post-processing around a network: about `size` pixels a side, bicubic in and out."""
+    """Put transformers' pre- and post-processing around a network: about ``size`` pixels a side, bicubic in and out."""
     import torch
     from transformers import DPTImageProcessor
     from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD

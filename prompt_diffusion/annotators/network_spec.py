@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from prompt_diffusion.annotators.base import (
+    MOST_PIXELS,
     AnnotateResources,
     Annotator,
     AnnotatorSpec,
@@ -14,7 +15,6 @@ from prompt_diffusion.annotators.base import (
     ImageBatch,
     check_images,
 )
-from prompt_diffusion.annotators.bounds import MOST_PIXELS
 from prompt_diffusion.annotators.weights import Arrays, PublishedWeights, parse_arrays, read_weights
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def define_network(
     max_pixels: int,
     version: int = 2,
 ) -> AnnotatorSpec:
-    """Return the row of a network whose weights are read, checked and handed to `build_infer` when it is built."""
+    """Return the row of a network whose weights are read, checked and handed to ``build_infer`` when it is built."""
 
     def build(spec: AnnotatorSpec, digest: str, resources: AnnotateResources) -> Annotator:
         import torch

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prompt_diffusion.annotators.ade20k import PALETTE
-from prompt_diffusion.annotators.bounds import MEGAPIXEL
+from prompt_diffusion.annotators.base import MEGAPIXEL
 from prompt_diffusion.annotators.network_spec import Infer, define_network
 from prompt_diffusion.annotators.weights import Arrays, HubFile, PublishedWeights
 

@@ -27,7 +27,7 @@ class MapMaker:
     def __init__(
         self, annotator: Annotator, batch_size: int, workers: ThreadPoolExecutor, device: ThreadPoolExecutor
     ) -> None:
-        """Take the annotator and the pools: `workers` for pixels in and out, `device` of one thread for inference."""
+        """Take the annotator and the pools: ``workers`` for pixels in and out, ``device`` of one thread for inference."""
         self.annotator, self.batch_size = annotator, batch_size
         self._workers, self._device = workers, device
 
@@ -47,7 +47,7 @@ class MapMaker:
     def make_maps(self, files: Iterable[bytes], size: int | None = None) -> Iterator[bytes]:
         """Yield the map of each image file as PNG, in order.
 
-        With `size`, an image is cut to its centre square, annotated at its own resolution, and its map resized once, by
+        With ``size``, an image is cut to its centre square, annotated at its own resolution, and its map resized once, by
         Lanczos, to (size, size, 3). ValueError, in one sentence, for a file that is no image.
         """
 
@@ -81,7 +81,7 @@ class MapMaker:
         return self.annotator.enlarge(map_, *shape) if isinstance(self.annotator, BoundedAnnotator) else map_
 
     def annotate(self, images: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
-        """Yield the map H,W,3 of each image H,W,3, in order; a batch holds images of one shape, at most `batch_size`."""
+        """Yield the map H,W,3 of each image H,W,3, in order; a batch holds images of one shape, at most ``batch_size``."""
         for maps in map_ahead(self._device, self._annotate_batch, self._stack(images), _BATCHES_AHEAD):
             yield from maps
 

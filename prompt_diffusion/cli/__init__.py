@@ -15,7 +15,15 @@ from prompt_diffusion.cli.annotators import annotate, annotators_app, weights_ap
 from prompt_diffusion.cli.checkpoints import export_checkpoint, import_checkpoint
 from prompt_diffusion.cli.generation import PairsCommand, edit, generate, settings
 from prompt_diffusion.cli.models import models, promote
-from prompt_diffusion.cli.shared import OverridesOption, PresetOption, StoreOption, parse_overrides, say_errors
+from prompt_diffusion.cli.shared import (
+    JsonOption,
+    OverridesOption,
+    PresetOption,
+    StoreOption,
+    need_flows,
+    parse_overrides,
+    say_errors,
+)
 from prompt_diffusion.cli.studio import studio
 from prompt_diffusion.cli.training import train
 
@@ -42,7 +50,6 @@ app.add_typer(weights_app, name="weights", rich_help_panel=MAKE)
 app.command(rich_help_panel=INSPECT)(models)
 app.command(rich_help_panel=INSPECT)(settings)
 app.add_typer(annotators_app, name="annotators", rich_help_panel=INSPECT)
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command(rich_help_panel=MAKE)
@@ -56,12 +63,11 @@ def demo(
 
     Example: prompt-diffusion demo --set train.num_steps=900
     """
-    # the flows stand above the library: looked up by name here, where a person asked for one
-    from importlib import import_module
+    with need_flows():
+        from flows.embedded import reproduce_here
 
     # a thread that waits sleeps instead of spinning: on a machine that does other things too, spinning costs far more
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    reproduce_here = import_module("flows.embedded").reproduce_here
     ref = reproduce_here(preset, parse_overrides(overrides or []), store, Path("outputs/prefect"))
     from prompt_diffusion.evaluation.table import read_table
 

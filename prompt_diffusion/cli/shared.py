@@ -3,8 +3,10 @@
 import ast
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
 
@@ -18,6 +20,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 StoreOption = Annotated[str | None, typer.Option("--store", help="Folder or s3:// address; default: the settings'.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 PresetOption = Annotated[str, typer.Option("--preset", help="smoke, demo or paper.")]
 OverridesOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one field, e.g. train.num_steps=100.")
@@ -54,6 +57,23 @@ def _requote(value: str) -> str:
         return json.dumps(ast.literal_eval(value))
     except (ValueError, SyntaxError, TypeError, RecursionError):
         return value
+
+
+@contextmanager
+def need_flows() -> Iterator[None]:
+    """Say in one sentence, where the block imports the flows, that they are in the repository and in no wheel."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in ("flows", "tasks"):
+            raise
+        found = PathFinder.find_spec(package)
+        other = f" ({found.origin} is another '{package}')" if found is not None and found.origin else ""
+        raise ValueError(
+            f"this command runs the flows of the repository, which an installed package does not bring{other}: git clone the "
+            "repository and run `make demo` there once, then this command as .venv/bin/prompt-diffusion"
+        ) from None
 
 
 def say_errors(command: Callable[P, R]) -> Callable[P, R]:

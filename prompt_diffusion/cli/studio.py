@@ -1,4 +1,4 @@
-"""The command `studio`."""
+"""The command ``studio``."""
 
 import sys
 from importlib.util import find_spec

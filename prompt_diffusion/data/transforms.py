@@ -1,6 +1,7 @@
 """Pixels in and out: any image file to uint8 RGB, one Lanczos resize, and the value range that the models see."""
 
 import io
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,6 +50,18 @@ def decode_image(data: bytes, white: int = WHITE_16_BIT) -> Pixels:
         # Pillow names the buffer's address, which would differ from run to run.
         reason = "not an image file" if "cannot identify" in reason else reason
         raise ValueError(f"the image cannot be decoded: {reason}") from error
+
+
+def read_image_file(path: Path) -> bytes:
+    """Return the bytes of a file, not yet decoded; ValueError, in one sentence, where there is no file that can be read."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not an image file")
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"there is no image file {path}") from None
+    except OSError as error:
+        raise ValueError(f"the image file {path} cannot be read: {error.strerror}") from error
 
 
 class _RefusedImageError(ValueError):

@@ -4,7 +4,6 @@ A checkpoint is a folder ``checkpoints/step-00000500/`` whose ``state.json`` is 
 other files and its own: without it, or with a digest that does not match, the folder is ignored.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -26,6 +25,7 @@ from torch.optim import Optimizer
 from prompt_diffusion.engine.config import OptimizerConfig
 from prompt_diffusion.engine.optimizer import estimate_state_bytes
 from prompt_diffusion.store import storage
+from prompt_diffusion.store.digest import digest_file
 from prompt_diffusion.store.fingerprint import compute_digest
 
 logger = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ def restore_checkpoint(
         try:
             state, digests = _parse_state(storage.read_bytes(storage.join_uri(uri, _STATE_FILE)), name)
             with _fetch(uri, digests) as files:
-                damaged = [file for file, path in files.items() if _compute_digest(path) != digests[file]]
+                damaged = [file for file, path in files.items() if digest_file(path) != digests[file]]
                 if damaged:
                     raise _DamagedCheckpointError(f"{', '.join(damaged)} changed")
                 _load_into(parameters, files[WEIGHTS_FILE], uri)
@@ -229,7 +229,7 @@ def _write_tensors(uri: str, tensors: Mapping[str, Tensor]) -> str:
         raise OSError(f"cannot write {uri}: {error}") from error
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return _compute_digest(path)
+    return digest_file(path)
 
 
 @contextmanager
@@ -244,11 +244,6 @@ def _fetch(uri: str, names: Collection[str]) -> Iterator[dict[str, Path]]:
             with storage.open_input(storage.join_uri(uri, name)) as source, Path(scratch, name).open("wb") as copy:
                 shutil.copyfileobj(source, copy, 1 << 24)
         yield {name: Path(scratch, name) for name in names}
-
-
-def _compute_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_tensors(path: Path | None) -> Iterator[tuple[str, Tensor]]:

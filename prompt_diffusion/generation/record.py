@@ -12,8 +12,8 @@ from typing import Literal
 from pydantic import ValidationError
 
 from prompt_diffusion.data.transforms import Pixels, decode_image, encode_png
-from prompt_diffusion.frozen import FrozenModel
-from prompt_diffusion.generation.request import GenerationRequest, say_first
+from prompt_diffusion.frozen import FrozenModel, say_first_error
+from prompt_diffusion.generation.request import GenerationRequest
 from prompt_diffusion.image_files import open_image
 
 SETTINGS_KEY = "prompt-diffusion"
@@ -56,4 +56,4 @@ def read_record(png: bytes) -> GenerationRecord:
     try:
         return GenerationRecord.model_validate_json(text)
     except ValidationError as error:
-        raise ValueError(f"the settings in the image cannot be read: {say_first(error)}") from None
+        raise ValueError(f"the settings in the image cannot be read: {say_first_error(error)}") from None

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from prompt_diffusion.device import choose_device
 from prompt_diffusion.model.controlnet import PromptDiffusionControlNet
 from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
 from prompt_diffusion.model.schedulers import check_scheduler
@@ -24,14 +25,21 @@ _NETWORKS: dict[str, Any] = {
     "unet": UNet2DConditionModel,
     "controlnet": PromptDiffusionControlNet,
 }
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _PARTS = (*_NETWORKS, "tokenizer", "scheduler")
 
 
-def load_pipeline(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PromptDiffusionPipeline:
+def load_pipeline(
+    folder: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = torch.float32
+) -> PromptDiffusionPipeline:
     """Load a pipeline, with any of diffusers' schedulers, from a folder that ``save_pretrained`` wrote.
+
+    ``device`` may be ``auto``; ``dtype`` is a type of torch, or its name such as ``float16``.
 
     ValueError, in one sentence, names the part that is missing, damaged or of another class, and the tensor that is not finite.
     """
+    folder = Path(folder)
+    chosen, dtype = choose_device(str(device)), _read_dtype(dtype)  # before anything is read
     _check_parts(folder)
     parts: dict[str, Any] = {name: _load_network(folder, name, dtype) for name in _NETWORKS}
     parts["tokenizer"] = _load_tokenizer(folder)
@@ -39,9 +47,17 @@ def load_pipeline(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.
     parts["scheduler"] = _load_scheduler(folder)
     index = _read_json(folder / _INDEX)
     defaults = {name: index[name] for name in _DEFAULTS if name in index}
-    pipeline: PromptDiffusionPipeline = PromptDiffusionPipeline(**parts, **defaults).to(device)
+    pipeline: PromptDiffusionPipeline = PromptDiffusionPipeline(**parts, **defaults).to(chosen)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _read_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if found not in _DTYPES:
+        names = ", ".join(str(each).removeprefix("torch.") for each in _DTYPES)
+        raise ValueError(f"dtype is one of {names}, as a type of torch or its name, got {dtype!r}")
+    return found
 
 
 def _check_parts(folder: Path) -> None:

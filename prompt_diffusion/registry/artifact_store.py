@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from prompt_diffusion.model.digest import digest_file
 from prompt_diffusion.model.references import PIPELINE_FOLDER
 from prompt_diffusion.registry.artifact import FACTS_FILE
 from prompt_diffusion.registry.cache import DIGESTS_FILE
 from prompt_diffusion.settings import Settings
+from prompt_diffusion.store.digest import digest_file
 
 if TYPE_CHECKING:
     from mlflow.store.artifact.artifact_repo import ArtifactRepository

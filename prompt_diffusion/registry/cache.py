@@ -16,8 +16,8 @@ from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
-from prompt_diffusion.model.digest import digest_file
 from prompt_diffusion.model.references import FILES
+from prompt_diffusion.store.digest import digest_file
 from prompt_diffusion.store.fingerprint import compute_digest
 from prompt_diffusion.store.local_files import hold
 

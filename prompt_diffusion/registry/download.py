@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 
 def load(
-    reference: str, settings: Settings | None = None, device: str = "cpu", dtype: "torch.dtype | None" = None
+    reference: str | Path,
+    settings: Settings | None = None,
+    device: str = "cpu",
+    dtype: "str | torch.dtype | None" = None,
 ) -> "PromptDiffusionPipeline":
     """Load a pipeline.
 
@@ -31,13 +34,13 @@ def load(
             there is no champion), a folder in diffusers' layout, or a hub's repository (``name`` or ``name@revision``).
         settings: Where the registry and the cache are; None reads the environment.
         device: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` takes a GPU where there is one.
-        dtype: What to compute in; None is float32.
+        dtype: What to compute in, a type of torch or its name; None is float32.
 
     Raises:
         ValueError: In one sentence, a reference that leads nowhere, a registry that does not answer, or files that are not
             what was registered.
     """
-    folder = fetch(reference, settings or load_settings())
+    folder = fetch(str(reference), settings or load_settings())
     import torch  # nobody waits for it to hear of a mistyped reference
 
     from prompt_diffusion.model.load import load_pipeline

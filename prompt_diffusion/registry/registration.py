@@ -10,7 +10,6 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prompt_diffusion.model.digest import digest_file
 from prompt_diffusion.model.references import PIPELINE_FOLDER
 from prompt_diffusion.registry.artifact import FACTS_FILE, name_artifact, write_artifact
 from prompt_diffusion.registry.artifact_store import find_damage, read_artifact, upload, upload_file
@@ -32,6 +31,7 @@ from prompt_diffusion.registry.versions import (
     first_line,
 )
 from prompt_diffusion.settings import Settings
+from prompt_diffusion.store.digest import digest_file
 from prompt_diffusion.store.local_files import hold
 from prompt_diffusion.store.manifest import Manifest, ManifestRef, open_manifest
 from prompt_diffusion.store.storage import local_path

@@ -25,7 +25,7 @@ from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
 from pydantic import Field, ValidationError
 
 from prompt_diffusion.data.transforms import Pixels, check_pair_shape, decode_image, encode_png, resize_image
-from prompt_diffusion.frozen import FrozenModel
+from prompt_diffusion.frozen import FrozenModel, say_first_error
 from prompt_diffusion.registry.cache import check_folder
 
 if TYPE_CHECKING:
@@ -100,9 +100,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             self._check_size(len(rows), chosen)
             images = [encode_base64(self._generate(row, chosen, place, patience)) for place, row in enumerate(rows)]
         except ValidationError as error:
-            first = error.errors()[0]
-            message = f"params.{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}"
-            raise MlflowException.invalid_parameter_value(message) from None
+            raise MlflowException.invalid_parameter_value(f"params.{say_first_error(error)}") from None
         except ValueError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
         return pd.DataFrame({"image": images})

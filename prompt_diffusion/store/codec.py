@@ -1,4 +1,4 @@
-"""The bytes of `manifest.parquet`: one row a file, all else as one JSON value in the schema metadata, with a digest."""
+"""The bytes of ``manifest.parquet``: one row a file, all else as one JSON value in the schema metadata, with a digest."""
 
 import base64
 import json
@@ -20,7 +20,7 @@ _RECORDED_PACKAGES = ("prompt-diffusion", "pyarrow", "numpy", "pillow", "torch",
 
 
 def encode_manifest(content: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Return the Parquet bytes of a manifest: `rows` have path, rows, bytes and sha256; `content` is JSON."""
+    """Return the Parquet bytes of a manifest: ``rows`` have path, rows, bytes and sha256; ``content`` is JSON."""
     metadata = write_canonical_json({**content, "digest": _compute_content_digest(content, rows)})
     table = pa.Table.from_pylist(list(rows), schema=_FILE_SCHEMA.with_metadata({METADATA_KEY: metadata.encode()}))
     sink = pa.BufferOutputStream()

@@ -59,7 +59,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 @contextmanager
 def temporary_file(path: Path, content: bytes | Path) -> Iterator[Path]:
-    """Give a file with that content beside `path`, on the disk before it gets its name, and gone afterwards."""
+    """Give a file with that content beside ``path``, on the disk before it gets its name, and gone afterwards."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
     try:

@@ -28,6 +28,7 @@ from prompt_diffusion.store.codec import (
     read_written_types,
 )
 from prompt_diffusion.store.concurrency import map_ahead
+from prompt_diffusion.store.digest import digest_file
 from prompt_diffusion.store.fingerprint import StageIdentity, compute_digest
 from prompt_diffusion.store.records import DamagedDataError, ManifestRef, Reject, StoredFile, UnsealedError
 from prompt_diffusion.store.storage import (
@@ -169,7 +170,7 @@ class Manifest:
         folder = target / self.ref.fingerprint
         for file in wanted:
             copy = folder / file.path
-            if not copy.is_file() or copy.stat().st_size != file.bytes or _digest_file(copy) != file.sha256:
+            if not copy.is_file() or copy.stat().st_size != file.bytes or digest_file(copy) != file.sha256:
                 self._copy_file(file, copy)
         return folder / prefix if prefix else folder
 
@@ -291,7 +292,7 @@ def write_folder(identity: StageIdentity, store_root: str, prefix: str, folder: 
         _check_path(uri, path)
         if not sealed:
             write_from(join_uri(uri, path), source)
-        files.append(StoredFile(path, 0, source.stat().st_size, _digest_file(source)))
+        files.append(StoredFile(path, 0, source.stat().st_size, digest_file(source)))
     return files
 
 
@@ -328,8 +329,3 @@ def _check_path(uri: str, path: str) -> None:
     parts = PurePosixPath(path).parts
     if not parts or parts[0] == "/" or ".." in parts or path == MANIFEST_NAME:
         raise DamagedDataError(f"{uri} cannot hold a file at the path {path!r}")
-
-
-def _digest_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

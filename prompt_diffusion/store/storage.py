@@ -1,8 +1,8 @@
 """Where bytes live: one set of functions for a folder and for S3; the only module that imports fsspec and s3fs.
 
-A URI is a `str`: a local path, `file://...` or `s3://bucket/key`. Any other scheme that fsspec knows (`hf://`,
-`https://`) can be read and listed, never written. S3 finds its endpoint and keys in the standard AWS variables
-(`AWS_ENDPOINT_URL`). A store that fails is asked again as `retries.py` says, then a StoreError names the URI and the reason.
+A URI is a ``str``: a local path, ``file://...`` or ``s3://bucket/key``. Any other scheme that fsspec knows (``hf://``,
+``https://``) can be read and listed, never written. S3 finds its endpoint and keys in the standard AWS variables
+(``AWS_ENDPOINT_URL``). A store that fails is retried as ``retries.py`` says, then StoreError names the URI and the reason.
 """
 
 import logging
@@ -35,7 +35,7 @@ _MARK_NAME = "upload"
 
 
 def join_uri(root: str, *parts: str) -> str:
-    """Return `root` and the parts joined by single slashes."""
+    """Return ``root`` and the parts joined by single slashes."""
     scheme, separator, rest = root.rpartition("://")
     absolute = "/" if rest.startswith("/") else ""
     stripped = (part.strip("/") for part in (rest, *parts))
@@ -146,7 +146,7 @@ def read_bytes(uri: str) -> bytes:
 
 @contextmanager
 def open_input(uri: str) -> Iterator[BinaryIO]:
-    """Open a file for seekable reading, as `pyarrow.parquet.ParquetFile` needs it; FileNotFoundError names the URI."""
+    """Open a file for seekable reading, as ``pyarrow.parquet.ParquetFile`` needs it; FileNotFoundError names the URI."""
     path = local_path(uri)
     try:
         file = path.open("rb") if path is not None else _open_remote_file(uri)
@@ -167,7 +167,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def write_from(uri: str, source: Path) -> None:
-    """Write a local file to a URI atomically without holding it in memory; OSError as `write_bytes` raises it."""
+    """Write a local file to a URI atomically without holding it in memory; OSError as ``write_bytes`` raises it."""
     path = local_path(uri)
     if path is None:
         num_bytes = source.stat().st_size
@@ -218,7 +218,7 @@ def delete_folder(uri: str) -> None:
 
 
 def check_writable(root: str) -> None:
-    """Write and remove a probe below `root`; ValueError with the URI and the reason where that cannot be done."""
+    """Write and remove a probe below ``root``; ValueError with the URI and the reason where that cannot be done."""
     probe = join_uri(root, f".probe-{uuid.uuid4().hex}")
     try:
         if local_path(root) is None:
@@ -248,7 +248,7 @@ def _open_remote(uri: str) -> tuple[Any, str]:
 
 
 def _open_s3(uri: str) -> tuple[Any, str]:
-    """Return the S3 file system and `bucket/key`; ValueError for any other scheme, since only these two are written."""
+    """Return the S3 file system and ``bucket/key``; ValueError for any other scheme, since only these two are written."""
     key = uri.removeprefix("s3://").strip("/")
     if not uri.startswith("s3://") or not key:
         raise ValueError(f"cannot write to {uri}: a store is a folder or s3://bucket/prefix")
@@ -270,7 +270,7 @@ def _open_remote_file(uri: str) -> Any:  # noqa: ANN401
 
 
 def _upload(uri: str, num_bytes: int, send: Callable[[Any, str, dict[str, Any]], object]) -> bool:
-    """Send an object until it lies there; False where `send` is a create and another object lies there."""
+    """Send an object until it lies there; False where ``send`` is a create and another object lies there."""
     filesystem, key = _open_s3(uri)
     bucket, _, name = key.partition("/")
 
@@ -308,7 +308,7 @@ def delete_file(uri: str) -> None:
 
 
 def _ask(uri: str, verb: str, call: Callable[[], _Answer]) -> _Answer:
-    """Return what `call` gets from a remote store; StoreError `cannot {verb} {uri}: ...` once patience ends."""
+    """Return what ``call`` gets from a remote store; StoreError ``cannot {verb} {uri}: ...`` once patience ends."""
     if not uri.startswith("s3://"):  # each of fsspec's file systems fails in ways of its own
         return ask_store(uri, verb, call, failures=(Exception,), broken=())
     try:

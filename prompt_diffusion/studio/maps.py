@@ -19,7 +19,7 @@ def list_tasks() -> list[tuple[str, str]]:
     return [(name.replace("_to_", " → "), name) for name in (*VISION_TASKS, *OTHER_VISION_TASKS)]
 
 
-class MapMaker:
+class StudioAnnotators:
     """Makes maps with the annotators that can run on this machine."""
 
     def __init__(self, settings: Settings, device: str) -> None:

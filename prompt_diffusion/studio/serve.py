@@ -74,7 +74,7 @@ def _launch(
     from prompt_diffusion.studio.door import Door, Rules
     from prompt_diffusion.studio.layout import CSS, THEME
     from prompt_diffusion.studio.limits import MAX_UPLOAD_BYTES
-    from prompt_diffusion.studio.maps import MapMaker
+    from prompt_diffusion.studio.maps import StudioAnnotators
     from prompt_diffusion.studio.models import ModelShelf
 
     is_local = host in LOCAL_HOSTS
@@ -83,7 +83,7 @@ def _launch(
     samples = folder / "samples"
     samples.mkdir()
     shelf = ModelShelf(settings, model, device, takes_folders=is_local)
-    page = build_page(Actions(shelf, MapMaker(settings, device)), samples, model, takes_folders=is_local)
+    page = build_page(Actions(shelf, StudioAnnotators(settings, device)), samples, model, takes_folders=is_local)
     page.launch(
         server_name=host,
         server_port=port,

@@ -67,6 +67,7 @@ def run_command(command: list[str], resources: TrainResources, on_event: OnEvent
         "OMP_NUM_THREADS": str(resources.threads_per_process),
         "OMP_WAIT_POLICY": "PASSIVE",  # a thread that waits sleeps: spinning costs far more where the machine is shared
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "PYTHONSAFEPATH": "1",  # nothing is imported from the current folder, such as a user's own random.py
         LAUNCHER_VARIABLE: str(os.getpid()),
     }
     model: ManifestRef | None = None

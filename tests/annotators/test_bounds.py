@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from prompt_diffusion.annotators import bounds
-from prompt_diffusion.annotators.base import AnnotateResources
-from prompt_diffusion.annotators.bounds import MOST_PIXELS, BoundedAnnotator, fit_shape, say_limit
+from prompt_diffusion.annotators.base import MOST_PIXELS, AnnotateResources
+from prompt_diffusion.annotators.bounds import BoundedAnnotator, fit_shape, say_limit
 from prompt_diffusion.annotators.streaming import MapMaker
 from prompt_diffusion.annotators.table import ANNOTATORS, build_annotator
 from prompt_diffusion.data.transforms import decode_image, encode_png, resize_image

@@ -15,7 +15,6 @@ from pydantic import ValidationError
 from prompt_diffusion.data.ingest import Ingest, IngestConfig, assign_splits
 from prompt_diffusion.data.records import IMAGE_PAIR_SCHEMA, Split
 from prompt_diffusion.data.sources.base import SampleKey
-from prompt_diffusion.data.sources.export import write_instruct_pix2pix_folder, write_instruct_pix2pix_parquet
 from prompt_diffusion.data.sources.photos import PhotosConfig, PhotosSource
 from prompt_diffusion.store import retries
 from prompt_diffusion.store.manifest import find_sealed, open_manifest
@@ -23,6 +22,7 @@ from prompt_diffusion.store.records import ShardProgress
 from prompt_diffusion.store.retries import StoreError
 from prompt_diffusion.store.stage import Context, obtain
 from prompt_diffusion.store.storage import join_uri, list_sizes, write_bytes
+from tests.data.sources.export import write_instruct_pix2pix_folder, write_instruct_pix2pix_parquet
 from tests.store.fault_proxy import serve_fault_proxy
 
 FRACTIONS = (0.90, 0.05, 0.05)

@@ -143,6 +143,21 @@ def test_a_server_that_is_away_or_refuses_us_is_one_sentence(tmp_path: Path) -> 
     assert not (tmp_path / "home").exists()
 
 
+@pytest.mark.timeout(600)
+def test_a_users_own_modules_of_the_current_folder_are_not_taken_for_ours(tmp_path: Path) -> None:
+    """As the console script runs it: `-P` keeps the folder off this process's own path, too."""
+    for name in ("flows", "tasks", "random"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('the module of the current folder was imported')\n")
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom flows.embedded import embedded_server\n"
+        "with embedded_server(Path(sys.argv[1])):\n    print('healthy')\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "PYTHON"))}
+    command = [sys.executable, "-P", "-c", program, str(tmp_path / "prefect")]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.stdout == "healthy\n", result.stderr
+
+
 def is_listening(port: int) -> bool:
     """Say whether anything listens on a port of this machine."""
     with socket.socket() as probe:

@@ -17,7 +17,7 @@ from prompt_diffusion.settings import Settings  # noqa: E402
 from prompt_diffusion.studio.actions import Actions  # noqa: E402
 from prompt_diffusion.studio.history import History, Result  # noqa: E402
 from prompt_diffusion.studio.limits import MAX_HISTORY  # noqa: E402
-from prompt_diffusion.studio.maps import MapMaker  # noqa: E402
+from prompt_diffusion.studio.maps import StudioAnnotators  # noqa: E402
 from prompt_diffusion.studio.models import ModelShelf  # noqa: E402
 from prompt_diffusion.studio.models_tab import tabulate  # noqa: E402
 from prompt_diffusion.studio.toasts import StoppedError, toast_errors  # noqa: E402
@@ -31,7 +31,7 @@ def settings(tmp_path):
 @pytest.fixture
 def actions(settings, tiny_pipeline, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "files"))
-    return Actions(ModelShelf(settings, tiny_pipeline, "cpu", takes_folders=False), MapMaker(settings, "cpu"))
+    return Actions(ModelShelf(settings, tiny_pipeline, "cpu", takes_folders=False), StudioAnnotators(settings, "cpu"))
 
 
 def make(actions, fields, scene_files, history=None, on_step=lambda done, total: None, visitor="someone"):

@@ -16,7 +16,7 @@ from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.engine.events import LaunchEvent
 from prompt_diffusion.store.manifest import open_manifest
 from prompt_diffusion.store.stage import Context, obtain
-from prompt_diffusion.training.launch import TimeLimitError
+from prompt_diffusion.training.launch import TimeLimitError, TrainingStoppedError, build_command, run_command
 from prompt_diffusion.training.stage import Train
 
 OFTEN = {"checkpoint_every_seconds": 1e-6, "log_every_steps": 1, "device_batch_size": 4}
@@ -175,3 +175,15 @@ def test_the_logged_command_works_by_hand_and_speaks_to_a_person(train_inputs, t
     lines = text.decode().splitlines()
     assert any(line.startswith("step 9 of 10, loss ") and "samples/s" in line for line in lines)
     assert lines[-1] == f"sealed: {Train(tiny_config, train_inputs).identity.uri(str(tmp_path))}"
+
+
+def test_a_users_own_modules_of_the_current_folder_are_not_taken_for_pythons(tmp_path, monkeypatch, capfd):
+    """A specification that is not there ends it at once: what was imported before that is what counts."""
+    (tmp_path / "random.py").write_text("raise RuntimeError('the module of the current folder was imported')\n")
+    monkeypatch.chdir(tmp_path)
+    resources = TrainResources(device="cpu")
+    with pytest.raises(TrainingStoppedError):
+        run_command(build_command(str(tmp_path / "none.json"), resources), resources, lambda event: None)
+    said = capfd.readouterr().err
+    assert "none.json" in said
+    assert "module of the current folder" not in said

@@ -25,6 +25,7 @@ from prompt_diffusion.data.sources.base import (
 from prompt_diffusion.data.sources.digest import digest_files
 from prompt_diffusion.data.sources.parquet_rows import ParquetRowsSource, find_parquet_files
 from prompt_diffusion.data.sources.tables import decode_text
+from prompt_diffusion.frozen import say_first_error
 from prompt_diffusion.store.manifest import Reject
 from prompt_diffusion.store.storage import exists, join_uri, local_path, read_bytes
 
@@ -75,8 +76,7 @@ class FolderSource:
         try:
             groups = _SEEDS.validate_python(json.loads(decode_text(read_bytes(join_uri(self.uri, "seeds.json")))))
         except ValidationError as error:
-            first = error.errors()[0]
-            raise ValueError(f"{self.uri}/seeds.json is broken at {first['loc']}: {first['msg']}") from error
+            raise ValueError(f"{self.uri}/seeds.json is broken at {say_first_error(error)}") from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.uri}/seeds.json cannot be read: {error}") from error
         keys: list[SampleKey] = []

@@ -8,12 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from prompt_diffusion.data.records import ImagePair, image_pairs_table
-from prompt_diffusion.data.sources.export import write_instruct_pix2pix_folder, write_instruct_pix2pix_parquet
 from prompt_diffusion.data.sources.instruct_pix2pix import InstructPix2PixConfig, open_instruct_pix2pix
 from prompt_diffusion.data.sources.photos import PhotosConfig, PhotosSource
 from prompt_diffusion.data.transforms import decode_image
 from prompt_diffusion.store.manifest import Reject
 from prompt_diffusion.store.storage import join_uri, list_files
+from tests.data.sources.export import write_instruct_pix2pix_folder, write_instruct_pix2pix_parquet
 
 SIZE = 32
 TEXTS = ("input_prompt", "edit_instruction", "edited_prompt")
