@@ -63,19 +63,23 @@ def start_server(
     The command is built anew for each start: another program may have taken the port that it names.
     """
     for _ in range(3):
-        with log.open("wb") as sink:
-            process = subprocess.Popen(
-                build_command(),
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=sink,
-                start_new_session=True,
-            )
-        wait_until(lambda: process.poll() is not None or is_ready(), f"the start of {process.args}", log.read_text)
-        if process.poll() is None:
+        process = _start(build_command(), environment, log)
+        if _has_started(process, is_ready, log):
             return process
     raise RuntimeError(f"{process.args} ended with {process.returncode}: {log.read_text()[-3000:]}")
+
+
+def _start(command: Sequence[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("wb") as out:
+        return subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+        )
+
+
+def _has_started(process: subprocess.Popen[bytes], is_ready: Callable[[], bool], log: Path) -> bool:
+    """Wait until the server is ready or has ended, and say which."""
+    wait_until(lambda: process.poll() is not None or is_ready(), f"the start of {process.args}", log.read_text)
+    return process.poll() is None
 
 
 def stop_server(process: subprocess.Popen[bytes]) -> None:

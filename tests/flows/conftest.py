@@ -68,4 +68,3 @@ def in_process(prefect_environment: dict[str, str], tmp_path: Path, monkeypatch:
         # What is left to send when the server ends would be tried again and again for a minute at exit.
         APILogWorker.drain_all()
         EventsWorker.drain_all()
-
