@@ -35,10 +35,15 @@ class WarmProcess:
             self._process.start()
         self.stdout: TextIO | None = None if read is None else os.fdopen(read)
 
+    @property
+    def pid(self) -> int:
+        """The child's number."""
+        assert self._process.pid is not None
+        return self._process.pid
+
     def send_signal(self, number: int) -> None:
         """Send it a signal."""
-        assert self._process.pid is not None
-        os.kill(self._process.pid, number)
+        os.kill(self.pid, number)
 
     def read_lines(self) -> Iterator[str]:
         """Give what it prints, line by line, until it ends."""

@@ -6,8 +6,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -29,6 +27,8 @@ from prompt_diffusion.engine.loop import run_loop
 from prompt_diffusion.engine.objective import LoopPlan
 from prompt_diffusion.engine.optimizer import build_optimizers
 from prompt_diffusion.store import storage
+from tests.sharing import wait_until
+from tests.warm import WarmProcess
 
 NUM_STEPS = 6
 
@@ -184,23 +184,19 @@ def test_the_error_that_ends_a_run_is_not_hidden_by_the_writers(tmp_path, caplog
     assert "the last checkpoint could not be written" in caplog.text
 
 
-_LONG_WRITES = """
-import sys
-from pathlib import Path
-from tests.training.test_checkpoint import Line, run_line
-run_line(Path(sys.argv[1]), Line(6_000_000), num_steps=1_000_000)
-"""
+def write_long(folder: Path) -> None:
+    run_line(folder, Line(6_000_000), num_steps=1_000_000)
 
 
 def test_a_kill_in_the_middle_of_an_upload_leaves_the_checkpoint_before_it(tmp_path):
     """24 MB of weights are on the disk, their 48 MB of optimizer state and the seal are not yet."""
-    child = subprocess.Popen([sys.executable, "-c", _LONG_WRITES, str(tmp_path)])
+    child = WarmProcess(write_long, tmp_path)
     try:
-        for newest in _watch(tmp_path, child):
+        for newest in _watch(tmp_path):
             if len(list_checkpoints(str(tmp_path))) < 2 or not (newest / "weights.safetensors").exists():
                 continue
             child.send_signal(signal.SIGSTOP)
-            time.sleep(0.1)  # until all its threads have stopped
+            wait_until(lambda: _is_stopped(child.pid), "the stop of all threads")
             if not (newest / "state.json").exists():
                 break
             child.send_signal(signal.SIGCONT)  # that upload was over in the meantime: wait for the next one
@@ -221,15 +217,19 @@ def test_a_kill_in_the_middle_of_an_upload_leaves_the_checkpoint_before_it(tmp_p
     assert torch.equal(line.weight, again.weight)
 
 
-def _watch(folder: Path, child: subprocess.Popen):
-    """Yield, again and again, the newest folder without a seal for as long as the child lives."""
-    deadline = time.monotonic() + 120
-    while child.poll() is None and time.monotonic() < deadline:
+def _is_stopped(pid: int) -> bool:
+    """Say whether every thread of a process rests."""
+    states = (path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat"))
+    return all(state.rpartition(")")[2].split()[0] == "T" for state in states)
+
+
+def _watch(folder: Path):
+    """Yield, again and again, the newest folder without a seal."""
+    while True:
         open_ones = [path for path in folder.glob("step-*") if not (path / "state.json").exists()]
         if open_ones:
             yield max(open_ones)
         time.sleep(0.001)
-    raise AssertionError("the child never was in the middle of an upload")
 
 
 def test_the_estimate_is_what_a_checkpoint_takes(tmp_path):

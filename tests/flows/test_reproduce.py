@@ -17,7 +17,7 @@ from prompt_diffusion.store.manifest import ManifestRef
 # Two of the six vision tasks, so two baselines and four cells instead of six and twelve.
 TWO_TASKS = {"train.vision_tasks": ["depth_to_image", "image_to_depth"]}
 
-pytestmark = [pytest.mark.timeout(1200), pytest.mark.usefixtures("in_process")]
+pytestmark = pytest.mark.usefixtures("in_process")
 
 
 @pytest.fixture(scope="module")

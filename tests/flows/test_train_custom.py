@@ -21,7 +21,7 @@ from prompt_diffusion.training.samples import draw_sample, open_training_data
 from prompt_diffusion.training.stage import identify_train
 from prompt_diffusion.training.train import run_train
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("in_process")]
+pytestmark = pytest.mark.usefixtures("in_process")
 
 FAST = {"resources.train.device_batch_size": 6, "resources.train.validate_every_steps": None}
 

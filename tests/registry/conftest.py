@@ -44,9 +44,9 @@ def model(train_one_step, tiny_base):
 
 
 @pytest.fixture(scope="session")
-def settings(tmp_path_factory):
+def settings(tmp_path_factory, make_mlflow_database):
     folder = tmp_path_factory.mktemp("mlflow")
-    return Settings(tracking_uri=f"sqlite:///{folder}/mlflow.db", cache_dir=folder / "cache")
+    return Settings(tracking_uri=make_mlflow_database(folder), cache_dir=folder / "cache")
 
 
 @pytest.fixture(scope="session")

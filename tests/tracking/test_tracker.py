@@ -5,8 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ import pytest
 from prompt_diffusion.settings import Settings
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import ManifestRef, seal_manifest, write_file
-from prompt_diffusion.tracking.client import EXPERIMENT, check_tracking_uri, connect
+from prompt_diffusion.tracking import delivery
+from prompt_diffusion.tracking.client import EXPERIMENT, check_tracking_uri, connect, knock
 from prompt_diffusion.tracking.delivery import find_folder
 from prompt_diffusion.tracking.facts import find_revision, flatten
 from prompt_diffusion.tracking.outbox import Outbox
 from prompt_diffusion.tracking.tracker import RunTracker
 from prompt_diffusion.training.launch import TrainingStoppedError
 from tests.mlflow_server import Server
+from tests.sharing import PATIENCE_SECONDS, wait_until
 from tests.store.fault_proxy import serve_fault_proxy
 
 DEAD_URI = "http://127.0.0.1:1"
@@ -30,8 +33,8 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("mlflow-server"))
+def server(tmp_path_factory: pytest.TempPathFactory, make_mlflow_database: Callable[[Path], str]) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("mlflow-server"), make_mlflow_database)
     server.start()
     try:
         yield server
@@ -175,39 +178,51 @@ def test_what_a_killed_server_missed_arrives_once_and_in_order(
     model: ManifestRef,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    longest = 0.0
     with caplog.at_level(logging.INFO), RunTracker(settings, "through an outage", identity) as tracker:
         for step in range(1, 41):
             if step == 10:
-                wait_until(lambda: find_runs(settings, identity) and len(read_history(settings, identity)) == 9)
+                wait_until(
+                    lambda: find_runs(settings, identity) and len(read_history(settings, identity)) == 9,
+                    "the ninth point",
+                )
                 server.kill()
-            if step == 30:
+            if step == 30:  # to which no step would come that waits for the server
+                wait_until(lambda: read_messages(caplog), "the warning")
                 server.start()
-            started = time.monotonic()
             tracker.log_event(make_event(step))
-            longest = max(longest, time.monotonic() - started)
-            time.sleep(0.05)
-        tracker.finish(model)
-    assert longest < 0.5
+        tracker.finish(model, limit_seconds=PATIENCE_SECONDS)
     assert read_history(settings, identity) == [(step, float(step)) for step in range(1, 41)]
     assert read_run(settings, identity).info.status == "FINISHED"
     assert list(find_folder(settings).iterdir()) == []
-    said = [record.message for record in caplog.records if record.name.startswith("prompt_diffusion.tracking")]
-    assert len(said) == 2
-    assert str(tracker.outbox.path) in said[0]
-    assert said[1].startswith("MLflow answers again")
+    said = read_messages(caplog)
+    # once an outage: a busy machine's server may be silent for longer than the tracker takes for well
+    assert len(said) >= 2
+    assert all(str(tracker.outbox.path) in message for message in said[0::2])
+    assert all(message.startswith("MLflow answers again") for message in said[1::2])
 
 
 def test_without_a_server_a_training_ends_with_a_warning_and_a_command_delivers_it_later(
-    settings: Settings, away: Settings, identity: StageIdentity, model: ManifestRef, caplog: pytest.LogCaptureFixture
+    settings: Settings,
+    away: Settings,
+    identity: StageIdentity,
+    model: ManifestRef,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    started = time.monotonic()
+    knocking: list[threading.Thread] = []
+
+    def knock_and_note(settings: Settings) -> None:
+        knocking.append(threading.current_thread())
+        knock(settings)
+
+    monkeypatch.setattr(delivery, "knock", knock_and_note)
     with RunTracker(away, "unheard", identity) as tracker:
-        assert time.monotonic() - started < 1.0
         for step in range(1, 10):
             tracker.log_event(make_event(step))
+        wait_until(lambda: knocking, "a knock")
         tracker.finish(model, limit_seconds=0.5)
     ended = time.time() * 1000.0
+    assert threading.main_thread() not in knocking, "the training itself waited for the server"
     warning = caplog.records[-1].message
     assert str(tracker.outbox.path) in warning
     assert "-m prompt_diffusion.tracking" in warning
@@ -225,7 +240,7 @@ def test_without_a_server_a_training_ends_with_a_warning_and_a_command_delivers_
     assert all(
         run.info.start_time <= point.timestamp <= ended for point in points
     )  # when they were, not when they came
-    assert run.info.end_time - run.info.start_time < 1000.0 * (time.monotonic() - started)
+    assert run.info.end_time <= ended
 
 
 DYING_PROGRAM = """
@@ -234,7 +249,7 @@ from pathlib import Path
 from prompt_diffusion.settings import Settings
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.tracking.tracker import RunTracker
-from tests.test_tracking import DEAD_URI, make_event
+from tests.tracking.test_tracker import DEAD_URI, make_event
 
 identity = StageIdentity.model_validate_json(sys.argv[1])
 tracker = RunTracker(Settings(tracking_uri=DEAD_URI, cache_dir=Path(sys.argv[2])), "dies", identity)
@@ -366,8 +381,5 @@ def test_nested_values_get_dotted_names() -> None:
     assert flatten({"a": {"b": {"c": 1}, "d": None}, "e": (1, 2)}) == {"a.b.c": "1", "a.d": "None", "e": "1, 2"}
 
 
-def wait_until(is_so: Any, seconds: float = 30.0) -> None:
-    give_up = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < give_up, "it never came to be"
-        time.sleep(0.1)
+def read_messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.name.startswith("prompt_diffusion.tracking")]
