@@ -28,11 +28,12 @@ from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, PREFECT_LOGGING_LEVEL, temporary_settings
 
 from flows.annotate import annotate_six_task
-from prompt_diffusion.annotators.annotate import run_annotate
+from prompt_diffusion.annotators.annotate import Annotate
 from prompt_diffusion.annotators.base import AnnotateResources
-from prompt_diffusion.data.ingest import run_ingest
+from prompt_diffusion.data.ingest import Ingest
 from prompt_diffusion.presets import build_preset
 from prompt_diffusion.store.manifest import ManifestRef
+from prompt_diffusion.store.stage import Context, obtain
 
 FULL_SET_SHARDS = 1223
 FAT_PART_SHARDS = 32
@@ -131,9 +132,9 @@ def build_overrides(num_shards: int, shards_per_part: int) -> dict[str, Any]:
 def measure_library(num_shards: int, store: str) -> tuple[ManifestRef, float]:
     """Ingest the pairs, then annotate them without an orchestrator; return the pairs and the seconds of the latter."""
     config = build_preset("smoke", build_overrides(num_shards, 1))
-    pairs = run_ingest(config.ingest, store)
+    pairs = obtain(Ingest(config.ingest), Context(store, None))
     started = time.perf_counter()
-    run_annotate(config.annotate[0], pairs, store, AnnotateResources())
+    obtain(Annotate(config.annotate[0], pairs), Context(store, AnnotateResources()))
     return pairs, time.perf_counter() - started
 
 

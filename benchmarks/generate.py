@@ -33,17 +33,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from prompt_diffusion.annotators.annotate import run_annotate
+from prompt_diffusion.annotators.annotate import Annotate
 from prompt_diffusion.annotators.base import AnnotateResources
 from prompt_diffusion.annotators.config import AnnotateConfig
 from prompt_diffusion.data.dataset import InContextData, Sample
-from prompt_diffusion.data.ingest import IngestConfig, run_ingest
+from prompt_diffusion.data.ingest import Ingest, IngestConfig
 from prompt_diffusion.data.sources.scenes import ScenesConfig
 from prompt_diffusion.model.base import load_base
 from prompt_diffusion.model.controlnet import PromptDiffusionControlNet
 from prompt_diffusion.model.load import load_pipeline
 from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
 from prompt_diffusion.store.manifest import open_manifest
+from prompt_diffusion.store.stage import Context, obtain
 from prompt_diffusion.vision_tasks import find_vision_task
 
 PROMPT = "a red cube on a green floor under a clear sky"
@@ -109,8 +110,8 @@ def draw_samples(count: int, image_size: int, folder: str) -> list[Sample]:
     config = IngestConfig(
         source=ScenesConfig(num_groups=2 * count, seed=99), image_size=image_size, split_fractions=(1.0, 0.0, 0.0)
     )
-    pairs = run_ingest(config, folder)
-    maps = run_annotate(AnnotateConfig(condition="depth"), pairs, folder, AnnotateResources())
+    pairs = obtain(Ingest(config), Context(folder, None))
+    maps = obtain(Annotate(AnnotateConfig(condition="depth"), pairs), Context(folder, AnnotateResources()))
     data = InContextData(open_manifest(pairs.uri), {"depth": open_manifest(maps.uri)}, "train")
     task = find_vision_task("depth_to_image")
     return [data.assemble(task, row, row + count) for row in range(count)]

@@ -56,21 +56,22 @@ from _loader_peers import (
 )
 from _measuring import add_out_option, describe_device, find_versions, finish, take_turns
 
-from prompt_diffusion.annotators.annotate import run_annotate
+from prompt_diffusion.annotators.annotate import Annotate
 from prompt_diffusion.annotators.base import AnnotateResources
 from prompt_diffusion.annotators.config import AnnotateConfig
 from prompt_diffusion.data.dataset import number_captions
-from prompt_diffusion.data.ingest import IngestConfig, run_ingest
+from prompt_diffusion.data.ingest import Ingest, IngestConfig
 from prompt_diffusion.data.records import arrays_table
 from prompt_diffusion.data.shard_cache import ShardCache
 from prompt_diffusion.data.sources.scenes import ScenesConfig
-from prompt_diffusion.store.fingerprint import StageIdentity
+from prompt_diffusion.store.fingerprint import StageIdentity, StageInput
 from prompt_diffusion.store.manifest import ManifestRef, open_manifest
 from prompt_diffusion.store.sharded import run_sharded_stage
+from prompt_diffusion.store.stage import Context, obtain
 from prompt_diffusion.store.storage import check_writable, write_from
 from prompt_diffusion.training.config import TrainConfig
+from prompt_diffusion.training.inputs import TrainInputs
 from prompt_diffusion.training.samples import BatchMaker, TrainingData, draw_sample, open_training_data
-from prompt_diffusion.training.stage import TrainInputs
 
 BATCH_SIZE = 32
 CONDITIONS = ("depth", "hed", "seg")
@@ -83,7 +84,12 @@ TURN = {"ours": 2048, "published": 64, "png": 256, "raw": 1024}
 def seal_random(stage: str, role: str, of: ManifestRef, store: str, columns: dict[str, tuple[int, ...]]) -> ManifestRef:
     """Seal random arrays of those shapes, a row each row of another manifest (each distinct caption, for texts)."""
     manifest = open_manifest(of.uri)
-    identity = StageIdentity(stage=stage, version=1, config={}, inputs={"base": "random", role: of.fingerprint})
+    identity = StageIdentity(
+        stage=stage,
+        version=1,
+        config={},
+        inputs=(StageInput(role="base", fingerprint="random"), StageInput.of(role, of)),
+    )
 
     def make_shard(index: int) -> tuple[Any, list[Any]]:
         rng, shard = np.random.default_rng(index), manifest.shards[index]
@@ -99,9 +105,13 @@ def seal_random(stage: str, role: str, of: ManifestRef, store: str, columns: dic
 def build_inputs(num_groups: int, store: str) -> TrainInputs:
     """Seal ray-cast scenes at 256 px with their maps, and random latents and text embeddings."""
     source = ScenesConfig(num_groups=num_groups, pairs_per_group=2)
-    pairs = run_ingest(IngestConfig(source=source, image_size=256, shard_rows=32, split_fractions=(1, 0, 0)), store)
+    pairs = obtain(
+        Ingest(IngestConfig(source=source, image_size=256, shard_rows=32, split_fractions=(1, 0, 0))),
+        Context(store, None),
+    )
     maps = {
-        name: run_annotate(AnnotateConfig(condition=name), pairs, store, AnnotateResources()) for name in CONDITIONS
+        name: obtain(Annotate(AnnotateConfig(condition=name), pairs), Context(store, AnnotateResources()))
+        for name in CONDITIONS
     }
     shapes = {"edited_mean": LATENT_SHAPE, "edited_std": LATENT_SHAPE}
     latents = {

@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
-from prompt_diffusion.annotators.annotate import run_annotate
+from prompt_diffusion.annotators.annotate import Annotate
 from prompt_diffusion.annotators.base import AnnotateResources
 from prompt_diffusion.annotators.config import AnnotateConfig
-from prompt_diffusion.data.ingest import IngestConfig, run_ingest
+from prompt_diffusion.data.ingest import Ingest, IngestConfig
 from prompt_diffusion.data.shard_cache import ShardCache
 from prompt_diffusion.data.sources.scenes import ScenesConfig
 from prompt_diffusion.data.transforms import to_model_range
@@ -35,8 +35,15 @@ from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.engine.optimizer import build_optimizers
 from prompt_diffusion.model.base import Base
 from prompt_diffusion.model.controlnet import PromptDiffusionControlNet, predict_noise
+from prompt_diffusion.store.stage import Context, obtain
 from prompt_diffusion.training.config import TrainConfig
-from prompt_diffusion.training.encode import EncodeConfig, run_encode, run_encode_text
+from prompt_diffusion.training.encode import (
+    Encode,
+    EncodeConfig,
+    EncodeResources,
+    EncodeText,
+)
+from prompt_diffusion.training.inputs import TrainInputs
 from prompt_diffusion.training.loss import InContextObjective
 from prompt_diffusion.training.samples import (
     TrainingData,
@@ -45,7 +52,6 @@ from prompt_diffusion.training.samples import (
     open_training_data,
     sample_noise,
 )
-from prompt_diffusion.training.stage import TrainInputs
 from prompt_diffusion.training.train import build_controlnet, place_networks, select_parameters
 
 CONDITIONS = ("depth", "hed", "seg")
@@ -56,16 +62,20 @@ def make_inputs(num_groups: int, base: str, folder: str) -> TrainInputs:
     config = IngestConfig(
         source=ScenesConfig(num_groups=num_groups), image_size=IMAGE_SIZE, split_fractions=(1.0, 0.0, 0.0)
     )
-    pairs = run_ingest(config, folder)
+    pairs = obtain(Ingest(config), Context(folder, None))
     maps = {
-        name: run_annotate(AnnotateConfig(condition=name), pairs, folder, AnnotateResources()) for name in CONDITIONS
+        name: obtain(Annotate(AnnotateConfig(condition=name), pairs), Context(folder, AnnotateResources()))
+        for name in CONDITIONS
     }
     encode = EncodeConfig(base=base)
     return TrainInputs(
         pairs=pairs,
         maps=maps,
-        latents={name: run_encode(encode, images, folder) for name, images in {"image": pairs, **maps}.items()},
-        text=run_encode_text(encode, pairs, folder),
+        latents={
+            name: obtain(Encode(encode, images), Context(folder, EncodeResources()))
+            for name, images in {"image": pairs, **maps}.items()
+        },
+        text=obtain(EncodeText(encode, pairs), Context(folder, EncodeResources())),
     )
 
 

@@ -2,10 +2,10 @@
 
 from prefect import flow
 
-from flows.run import Overrides, Preset, Upstream, start_run
-from flows.stages import obtain_maps, obtain_pairs
+from flows.run import Overrides, Preset, Run, Upstream, start_run
+from flows.stages import obtain_dataset, obtain_pairs
 from prompt_diffusion.store.manifest import ManifestRef
-from tasks.annotate import publish_maps
+from tasks.publish import publish_maps
 
 
 @flow(name="annotate")
@@ -20,8 +20,11 @@ def annotate_six_task(
         store: Folder or s3:// address that keeps every stage; empty means PROMPT_DIFFUSION_STORE, else `outputs/store`.
         upstream: What to do about earlier stages that are not sealed yet: make them, or fail and name the first.
     """
-    run = start_run(preset, overrides, store, upstream)
-    pairs = obtain_pairs(run)
-    maps = obtain_maps(run.making(), pairs)
-    publish_maps(pairs, maps)
-    return maps
+    return annotate(start_run(preset, overrides, store, upstream, needs_models=False))
+
+
+def annotate(run: Run) -> dict[str, ManifestRef]:
+    """Make the condition maps of a run, and show the first of them in Prefect's page."""
+    dataset = obtain_dataset(run.making(), obtain_pairs(run))
+    publish_maps(dataset)
+    return dataset.maps

@@ -2,10 +2,10 @@
 
 from prefect import flow
 
-from flows.run import Overrides, Preset, Upstream, start_run
+from flows.run import Overrides, Preset, Run, Upstream, start_run
 from flows.stages import obtain_benchmark, obtain_measurements, obtain_models
 from prompt_diffusion.store.manifest import ManifestRef
-from tasks.benchmark import publish
+from tasks.publish import publish_table
 
 
 @flow(name="benchmark")
@@ -14,7 +14,6 @@ def benchmark(
     overrides: Overrides | None = None,
     store: str | None = None,
     upstream: Upstream = "make",
-    seconds: dict[str, float] | None = None,
 ) -> ManifestRef:
     """Put what was measured into the paper's table, beside its numbers, and write the report.
 
@@ -23,9 +22,12 @@ def benchmark(
         overrides: Single fields to change, by dotted name, for example `{"evaluate.num_samples": 50}`.
         store: Folder or s3:// address that keeps every stage; empty means PROMPT_DIFFUSION_STORE, else `outputs/store`.
         upstream: What to do about earlier stages that are not sealed yet: make them, or fail and name the first.
-        seconds: How long each stage took, for the table; a parent flow knows it.
     """
-    run = start_run(preset, overrides, store, upstream)
-    table = obtain_benchmark(run.making(), obtain_measurements(run, obtain_models(run)), seconds or {})
-    publish(table)
+    return tabulate(start_run(preset, overrides, store, upstream), {})
+
+
+def tabulate(run: Run, seconds: dict[str, float]) -> ManifestRef:
+    """Make the table of a run, and show it in Prefect's page; `seconds` say how long the parts before it took."""
+    table = obtain_benchmark(run.making(), obtain_measurements(run, obtain_models(run)), seconds)
+    publish_table(table)
     return table

@@ -26,15 +26,13 @@ from prefect.settings import (
     temporary_settings,
 )
 
-from flows.reproduce import reproduce
-from flows.run import Overrides, Preset, Run, find_models, start_run
-from flows.stages import find_benchmark, obtain_inputs, obtain_maps, obtain_pairs
-from flows.train import train_six_task
-from prompt_diffusion.presets import build_preset
-from prompt_diffusion.settings import load_settings
+from flows.reproduce import reproduce_run
+from flows.run import Overrides, Preset, as_subflow, start_run
+from flows.stages import find_benchmark, obtain_dataset, obtain_inputs, obtain_pairs
+from flows.train import train_joint_model
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import ManifestRef
-from prompt_diffusion.training.stage import identify_train
+from prompt_diffusion.training.stage import Train
 
 logger = logging.getLogger(__name__)
 
@@ -53,14 +51,14 @@ def reproduce_here(preset: Preset, overrides: Overrides, store: str | None, home
     if table is not None:
         return table
     with embedded_server(home):
-        return reproduce(preset, overrides, run.store)
+        return as_subflow(reproduce_run, "reproduce")(run)
 
 
 def train_here(preset: Preset, overrides: Overrides, store: str | None, home: Path) -> ManifestRef:
     """Return the model of all vision tasks, made in this process; ValueError as `reproduce_here` raises it."""
     run = start_run(preset, overrides, store)
     with embedded_server(home):
-        return train_six_task(preset, overrides, run.store)
+        return as_subflow(train_joint_model, "train")(run)
 
 
 def find_train_identity(preset: Preset, overrides: Overrides, store: str | None) -> StageIdentity:
@@ -68,10 +66,8 @@ def find_train_identity(preset: Preset, overrides: Overrides, store: str | None)
 
     Asks the store alone, and writes nothing.
     """
-    settings = load_settings()
-    run = find_models(Run(build_preset(preset, overrides), settings, store or settings.store, "require"))
-    pairs = obtain_pairs(run)
-    return identify_train(run.config.train, obtain_inputs(run, pairs, obtain_maps(run, pairs)))
+    run = start_run(preset, overrides, store, upstream="require", writes=False)
+    return Train(run.config.train, obtain_inputs(run, obtain_dataset(run, obtain_pairs(run)))).identity
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from prefect import flow
 
-from flows.run import Overrides, Preset, Upstream, start_run
+from flows.run import Overrides, Preset, Run, Upstream, start_run
 from flows.stages import obtain_measurements, obtain_models
 from prompt_diffusion.store.manifest import ManifestRef
 from tasks.register import register
@@ -22,7 +22,11 @@ def evaluate(
         store: Folder or s3:// address that keeps every stage; empty means PROMPT_DIFFUSION_STORE, else `outputs/store`.
         upstream: What to do about earlier stages that are not sealed yet: make them, or fail and name the first.
     """
-    run = start_run(preset, overrides, store, upstream)
+    return measure(start_run(preset, overrides, store, upstream))
+
+
+def measure(run: Run) -> list[ManifestRef]:
+    """Measure the models of a run, and put the joint model's numbers beside its version."""
     models = obtain_models(run)
     measured = obtain_measurements(run.making(), models)
     register(models.six_task, measured.cells)

@@ -3,11 +3,12 @@
 from prefect import flow
 
 from flows.run import Upstream, start_run
-from flows.stages import obtain, obtain_maps, obtain_pairs
+from flows.stages import obtain, obtain_dataset, obtain_pairs
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.pretraining.config import PretrainConfig
+from prompt_diffusion.pretraining.stage import Pretrain
 from prompt_diffusion.store.manifest import ManifestRef
-from tasks.pretrain import install, pretrain
+from tasks.publish import install
 
 # World 1000: the demo's own scenes are of world 0, so that its base has seen none of them.
 WORLD = 1000
@@ -38,10 +39,9 @@ def pretrain_demo_base(
         "ingest.image_size": config.image_size,
         "annotate": [{"condition": condition} for condition in CONDITIONS],
     }
-    run = start_run("demo", overrides, store, upstream)
-    pairs = obtain_pairs(run)
-    maps = obtain_maps(run, pairs)
-    base = obtain(run.making(), pretrain, config=config, pairs=pairs, maps=maps, resources=TrainResources())
+    run = start_run("demo", overrides, store, upstream, needs_models=False)
+    dataset = obtain_dataset(run, obtain_pairs(run))
+    base = obtain(run.making(), Pretrain(config, dataset), TrainResources())
     if install_it:
         install(base)
     return base

@@ -2,12 +2,12 @@
 
 from prefect import flow
 
-from flows.annotate import annotate_six_task
-from flows.benchmark import benchmark
-from flows.evaluate import evaluate
-from flows.ingest import ingest_pairs
-from flows.run import Overrides, Preset, Stopwatch, start_run
-from flows.train import train_controlnet_baselines, train_six_task
+from flows.annotate import annotate
+from flows.benchmark import tabulate
+from flows.evaluate import measure
+from flows.run import Overrides, Preset, Run, Stopwatch, as_subflow, start_run
+from flows.stages import obtain_pairs
+from flows.train import train_baselines, train_joint_model
 from prompt_diffusion.store.manifest import ManifestRef
 
 
@@ -20,16 +20,20 @@ def reproduce(preset: Preset = "demo", overrides: Overrides | None = None, store
         overrides: Single fields to change, by dotted name, for example `{"train.num_steps": 1000}`.
         store: Folder or s3:// address that keeps every stage; empty means PROMPT_DIFFUSION_STORE, else `outputs/store`.
     """
-    run = start_run(preset, overrides, store)
-    clock = Stopwatch()
+    return reproduce_run(start_run(preset, overrides, store))
+
+
+def reproduce_run(run: Run) -> ManifestRef:
+    """Make everything of a run, part by part; what it names was looked up once, and means the same to every part."""
+    made, clock = run.requiring(), Stopwatch()
     with clock.time("ingest"):
-        ingest_pairs(preset, overrides, run.store)
+        as_subflow(obtain_pairs, "ingest")(run)
     with clock.time("annotate"):
-        annotate_six_task(preset, overrides, run.store, upstream="require")
+        as_subflow(annotate, "annotate")(made)
     with clock.time("train"):
-        train_six_task(preset, overrides, run.store, upstream="require")
+        as_subflow(train_joint_model, "train")(made)
     with clock.time("baselines"):
-        train_controlnet_baselines(preset, overrides, run.store, upstream="require")
+        as_subflow(train_baselines, "train")(made)
     with clock.time("evaluate"):
-        evaluate(preset, overrides, run.store, upstream="require")
-    return benchmark(preset, overrides, run.store, upstream="require", seconds=clock.seconds)
+        as_subflow(measure, "evaluate")(made)
+    return as_subflow(tabulate, "benchmark")(made, clock.seconds)

@@ -1,11 +1,13 @@
-"""What every flow starts with: a configuration and a store that were checked before anything runs."""
+"""What every flow starts with: a run, resolved once, and handed down to every flow and stage below it."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, ParamSpec, Self, TypeVar
+
+from prefect import Flow, flow
 
 from prompt_diffusion.model.mirror import find_model
 from prompt_diffusion.presets import RunConfig, build_preset
@@ -14,13 +16,19 @@ from prompt_diffusion.settings import Settings, load_settings
 from prompt_diffusion.store.storage import check_writable, local_path
 
 Preset = Literal["smoke", "demo", "paper"]
-Overrides = dict[str, Any]
+Overrides = dict[str, Any]  # a JSON object: Prefect makes the form of it
 Upstream = Literal["make", "require"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a flow: what to make, where it is kept, and what to do about a stage that is not sealed."""
+    """One run of a flow: what to make, where it is kept, and what to do about a stage that is not sealed.
+
+    Nothing in it is a name that may mean something else in a minute: models are local folders of checked content.
+    """
 
     config: RunConfig
     settings: Settings
@@ -31,40 +39,70 @@ class Run:
         """Return the same run for the flow's own stages, which are made whatever is asked of those before them."""
         return replace(self, upstream="make")
 
+    def requiring(self) -> Self:
+        """Return the same run with every stage required."""
+        return replace(self, upstream="require")
 
-def start_run(preset: Preset, overrides: Overrides | None, store: str | None, upstream: Upstream = "make") -> Run:
-    """Check everything that a user can get wrong; ValueError, one sentence, before anything has started."""
+
+def start_run(
+    preset: Preset,
+    overrides: Overrides | None,
+    store: str | None,
+    upstream: Upstream = "make",
+    *,
+    needs_models: bool = True,
+    writes: bool = True,
+) -> Run:
+    """Resolve a run: check everything that a user can get wrong, and pin what it names to content.
+
+    Configuration and store are checked before anything has started; a registered model, whose alias may move while the run
+    goes on, and a mirrored one become local folders, unless the flow reads no model. A run that writes nothing leaves the
+    store unprobed. ValueError, in one sentence, for what is wrong.
+    """
     settings = load_settings()
     config = build_preset(preset, overrides)
     root = store or settings.store
     folder = local_path(root)
     if folder is not None:
         root = str(Path(folder).resolve())  # references outlive this process and its working directory
-    check_writable(root)
-    return Run(config, settings, root, upstream)
+    if writes:
+        check_writable(root)
+    return Run(pin_models(config, settings, root) if needs_models else config, settings, root, upstream)
 
 
-def find_models(run: Run) -> Run:
-    """Return the run with what its trainings start from found: a registered model or a mirrored one as a local folder.
+def pin_models(config: RunConfig, settings: Settings, store: str) -> RunConfig:
+    """Return the configuration with what its trainings start from found: a registered or mirrored model as a local folder.
 
     ValueError, one sentence, for a registered model that is not there and a mirror's file that was altered.
     """
+    found: dict[str, str] = {}
 
     def find(reference: str) -> str:
-        if reference.startswith("models:/"):
-            return str(fetch(reference, run.settings).resolve())
-        return find_model(reference, run.store, run.settings.cache_dir)
+        if reference not in found:  # once, so that a name means one thing throughout the run
+            is_registered = reference.startswith("models:/")
+            found[reference] = (
+                str(fetch(reference, settings).resolve())
+                if is_registered
+                else find_model(reference, store, settings.cache_dir)
+            )
+        return found[reference]
 
-    config = run.config
-    base = find(config.train.base)
-    controlnet = None if config.train.controlnet is None else find(config.train.controlnet)
-    controlnets = {task: find(reference) for task, reference in config.baselines.controlnets.items()}
-    found = {
+    base, controlnet = find(config.train.base), config.train.controlnet
+    changes = {
         "encode": config.encode.model_copy(update={"base": base}),
-        "train": config.train.model_copy(update={"base": base, "controlnet": controlnet}),
-        "baselines": config.baselines.model_copy(update={"controlnets": controlnets}),
+        "train": config.train.model_copy(
+            update={"base": base, "controlnet": None if controlnet is None else find(controlnet)}
+        ),
+        "baselines": config.baselines.model_copy(
+            update={"controlnets": {task: find(name) for task, name in config.baselines.controlnets.items()}}
+        ),
     }
-    return replace(run, config=config.model_copy(update=found))
+    return config.model_copy(update=changes)
+
+
+def as_subflow(body: Callable[P, T], name: str) -> Flow[P, T]:
+    """Return a flow that shows under a parent in Prefect's page, and takes what the parent resolved."""
+    return flow(name=name, validate_parameters=False)(body)
 
 
 class Stopwatch:

@@ -1,31 +1,37 @@
 """The stages as flows ask for them: made where they are missing, or required; each sealed one is only looked up."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
-from prefect import Task
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.run import Run, find_models
+from flows.run import Run
 from flows.workers import start_workers
+from prompt_diffusion.annotators.annotate import Annotate
 from prompt_diffusion.annotators.config import EXACT
-from prompt_diffusion.evaluation.cells import build_cell_config
-from prompt_diffusion.evaluation.config import METHODS, EvalResources
+from prompt_diffusion.data.dataset import Dataset
+from prompt_diffusion.data.ingest import Ingest
+from prompt_diffusion.device import DeviceResources
+from prompt_diffusion.evaluation.benchmark import Benchmark
+from prompt_diffusion.evaluation.cells import MeasureCell, build_cell_config
+from prompt_diffusion.evaluation.config import METHODS, Method
 from prompt_diffusion.evaluation.features import resolve_extractor
-from prompt_diffusion.evaluation.generate import build_generate_config
-from prompt_diffusion.evaluation.trivial import build_trivial_config
-from prompt_diffusion.store.manifest import ManifestRef, UnsealedError, find_sealed, is_sealed, open_manifest
+from prompt_diffusion.evaluation.generate import Generate, GenerateConfig, build_generate_config
+from prompt_diffusion.evaluation.in_context import MeasureInContext, build_shown_configs
+from prompt_diffusion.evaluation.trivial import MeasureTrivial, build_trivial_config
+from prompt_diffusion.presets import FanOut
+from prompt_diffusion.store.manifest import ManifestRef, UnsealedError, is_sealed
 from prompt_diffusion.store.records import MadeShard
-from prompt_diffusion.training.stage import IMAGE_TARGET, TrainInputs
-from tasks.annotate import annotate, annotate_part
-from tasks.benchmark import make_benchmark
-from tasks.caching import identify_stage
-from tasks.evaluate import generate, measure, measure_in_context, measure_trivial
-from tasks.ingest import ingest
-from tasks.train import encode, encode_text, stop_on_interrupt, train
+from prompt_diffusion.store.stage import Context, ShardedStage, Stage, require
+from prompt_diffusion.training.encode import Encode, EncodeText
+from prompt_diffusion.training.inputs import IMAGE_TARGET, TrainInputs
+from prompt_diffusion.training.stage import Train
+from tasks.stages import plan_part, plan_task
+from tasks.train import stop_on_interrupt
 
-Stage = Task[..., ManifestRef]
+R = TypeVar("R")
+D = TypeVar("D", bound=DeviceResources)
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,10 @@ class Models:
     inputs: TrainInputs
     six_task: ManifestRef
     baselines: dict[str, ManifestRef]
+
+    def find(self, method: Method, vision_task: str) -> ManifestRef:
+        """Return the model of a method for a vision task."""
+        return self.six_task if method == "Prompt Diffusion" else self.baselines[vision_task]
 
 
 @dataclass(frozen=True)
@@ -46,135 +56,122 @@ class Measurements:
     trivial: ManifestRef
 
 
-def obtain(run: Run, stage: Stage, **inputs: Any) -> ManifestRef:  # noqa: ANN401 - any task's parameters
+def obtain(run: Run, stage: Stage[R], resources: R, made: Sequence[MadeShard] = ()) -> ManifestRef:
     """Return a stage's sealed output: made now where it is missing, or, if the run requires it, UnsealedError."""
-    return obtain_all(run, stage, [inputs])[0]
-
-
-def obtain_all(run: Run, stage: Stage, several: Sequence[Mapping[str, Any]], at_once: int = 1) -> list[ManifestRef]:
-    """Return the outputs of one stage for several inputs, in order, `at_once` of them made at the same time."""
-    parameters = [{**inputs, "store": run.store} for inputs in several]
     if run.upstream == "require":
-        return [require(stage, inputs) for inputs in parameters]
-    if at_once == 1:
-        return [stage(**inputs) for inputs in parameters]
+        return require(stage, run.store)
+    return plan_task(stage)(stage, Context(run.store, resources, made=tuple(made)))
+
+
+def obtain_all(run: Run, stages: Sequence[Stage[R]], resources: R, at_once: int = 1) -> list[ManifestRef]:
+    """Return the outputs of several stages, in order, `at_once` of them made at the same time."""
+    if run.upstream == "require" or at_once == 1:
+        return [obtain(run, stage, resources) for stage in stages]
     pool: ThreadPoolTaskRunner[ManifestRef] = ThreadPoolTaskRunner(max_workers=at_once)
     with pool as runner, stop_on_interrupt():
-        futures = [runner.submit(stage, inputs) for inputs in parameters]
+        parameters = [{"stage": stage, "context": Context(run.store, resources)} for stage in stages]
+        futures = [runner.submit(plan_task(stage), each) for stage, each in zip(stages, parameters, strict=True)]
         return [future.result() for future in futures]
 
 
-def make_parts(run: Run, inputs: Mapping[str, Any]) -> list[MadeShard]:
-    """Have the workers make an annotation's shards; none where it is sealed, exact, or too small to be shared."""
-    fan_out, config = run.config.resources.annotate_fan_out, inputs["config"]
-    indices = list(range(len(open_manifest(inputs["pairs"].uri).shards)))
+def obtain_shared(run: Run, stage: ShardedStage[D], resources: D, fan_out: FanOut) -> ManifestRef:
+    """Return the output of a stage whose shards many workers make, where it is not sealed and large enough to be shared."""
+    indices = range(stage.count_shards())
     is_small = len(indices) <= fan_out.shards_per_part
-    if config.annotator == EXACT or is_small or is_sealed(identify_stage(annotate, inputs).uri(run.store)):
-        return []
-    parts = [indices[start : start + fan_out.shards_per_part] for start in indices[:: fan_out.shards_per_part]]
-    common = {**inputs, "store": run.store, "devices": fan_out.devices}
+    if run.upstream == "require" or is_small or is_sealed(stage.identity.uri(run.store)):
+        return obtain(run, stage, resources)
+    parts = [list(indices[start : start + fan_out.shards_per_part]) for start in indices[:: fan_out.shards_per_part]]
+    common = {"stage": stage, "context": Context(run.store, resources), "devices": fan_out.devices}
     with start_workers(fan_out) as workers:
-        futures = [workers.submit(annotate_part, {**common, "indices": part}) for part in parts]
-        return [shard for future in futures for shard in future.result()]
-
-
-def require(stage: Stage, parameters: Mapping[str, Any]) -> ManifestRef:
-    """Return a stage's sealed output; UnsealedError names the stage that is not sealed."""
-    identity = identify_stage(stage, parameters)
-    sealed = find_sealed(identity, parameters["store"])
-    if sealed is None:
-        uri = identity.uri(parameters["store"])
-        raise UnsealedError(f"stage {identity.stage!r} is not sealed: {uri} is missing, and upstream is 'require'")
-    return sealed
+        futures = [workers.submit(plan_part(stage, part), {**common, "indices": part}) for part in parts]
+        made: list[MadeShard] = [shard for future in futures for shard in future.result()]
+    return obtain(run, stage, resources, made)
 
 
 def obtain_pairs(run: Run) -> ManifestRef:
     """Return the image pairs."""
-    return obtain(run, ingest, config=run.config.ingest)
+    return obtain(run, Ingest(run.config.ingest), None)
 
 
-def obtain_maps(run: Run, pairs: ManifestRef) -> dict[str, ManifestRef]:
-    """Return the condition maps of the image pairs, by condition; a large annotation is made in parts, by many workers."""
+def obtain_dataset(run: Run, pairs: ManifestRef) -> Dataset:
+    """Return the image pairs with their condition maps; a large annotation is made in parts, by many workers."""
+    resources = run.config.resources
     maps: dict[str, ManifestRef] = {}
     for config in run.config.annotate:
-        inputs = {
-            "config": config,
-            "pairs": pairs,
-            "resources": run.config.resources.annotate,
-            "ingest": run.config.ingest,
-        }
-        made = make_parts(run, inputs) if run.upstream == "make" else []
-        maps[config.condition] = obtain(run, annotate, **inputs, made=made)
-    return maps
+        stage = Annotate(config, pairs, run.config.ingest)
+        if config.annotator == EXACT:  # the pairs hold them: they are only copied
+            maps[config.condition] = obtain(run, stage, resources.annotate)
+        else:
+            maps[config.condition] = obtain_shared(run, stage, resources.annotate, resources.annotate_fan_out)
+    return Dataset(pairs=pairs, maps=maps)
 
 
-def obtain_inputs(run: Run, pairs: ManifestRef, maps: dict[str, ManifestRef]) -> TrainInputs:
-    """Return what trainings read: pairs, maps, the latents of both, and the captions' embeddings."""
-    images = {IMAGE_TARGET: pairs, **maps}
-    common = {"config": run.config.encode, "resources": run.config.resources.encode}
-    latents = obtain_all(run, encode, [{**common, "images": ref} for ref in images.values()])
-    text = obtain(run, encode_text, **common, pairs=pairs)
-    return TrainInputs(pairs=pairs, maps=maps, latents=dict(zip(images, latents, strict=True)), text=text)
+def obtain_inputs(run: Run, dataset: Dataset) -> TrainInputs:
+    """Return what trainings read: a dataset, the latents of its images and maps, and the captions' embeddings."""
+    config, resources = run.config.encode, run.config.resources.encode
+    images = {IMAGE_TARGET: dataset.pairs, **dataset.maps}
+    latents = obtain_all(run, [Encode(config, ref) for ref in images.values()], resources)
+    text = obtain(run, EncodeText(config, dataset.pairs), resources)
+    return TrainInputs(
+        pairs=dataset.pairs, maps=dataset.maps, latents=dict(zip(images, latents, strict=True)), text=text
+    )
 
 
 def obtain_joint_model(run: Run, inputs: TrainInputs) -> ManifestRef:
     """Return the one model of all the run's vision tasks."""
-    return obtain(run, train, config=run.config.train, inputs=inputs, resources=run.config.resources.train)
+    return obtain(run, Train(run.config.train, inputs), run.config.resources.train)
 
 
 def obtain_baselines(run: Run, inputs: TrainInputs) -> dict[str, ManifestRef]:
     """Return the CN(FT) baselines, one a vision task."""
     configs, resources = run.config.baseline_trainings(), run.config.resources
-    several = [{"config": c, "inputs": inputs, "resources": resources.baselines} for c in configs.values()]
-    models = obtain_all(run, train, several, at_once=resources.parallel_baselines)
+    stages = [Train(config, inputs) for config in configs.values()]
+    models = obtain_all(run, stages, resources.baselines, at_once=resources.parallel_baselines)
     return dict(zip(configs, models, strict=True))
 
 
 def obtain_models(run: Run) -> Models:
     """Return every model, from the image pairs on."""
-    run = find_models(run)
-    pairs = obtain_pairs(run)
-    inputs = obtain_inputs(run, pairs, obtain_maps(run, pairs))
+    inputs = obtain_inputs(run, obtain_dataset(run, obtain_pairs(run)))
     return Models(inputs, obtain_joint_model(run, inputs), obtain_baselines(run, inputs))
+
+
+def obtain_generations(run: Run, config: GenerateConfig, model: ManifestRef, dataset: Dataset) -> ManifestRef:
+    """Return a model's images; many of them are made in parts, by many workers."""
+    resources = run.config.resources
+    return obtain_shared(run, Generate(config, model, dataset), resources.evaluate, resources.evaluate_fan_out)
 
 
 def obtain_measurements(run: Run, models: Models) -> Measurements:
     """Return a cell for each method and vision task, the in-context test and the trivial baselines."""
-    config, resources = run.config.evaluate, build_eval_resources(run)
+    config, resources = run.config.evaluate, run.config.resources.evaluate
+    dataset = Dataset(pairs=models.inputs.pairs, maps=models.inputs.maps)
     extractor = resolve_extractor(config.extractor, run.settings.cache_dir)
-    shown = {"pairs": models.inputs.pairs, "maps": models.inputs.maps}
     cells = []
     for method in METHODS:
         for vision_task in run.config.train.vision_tasks:
-            model = models.six_task if method == "Prompt Diffusion" else models.baselines[vision_task]
-            common = {**shown, "model": model, "resources": resources}
-            images = obtain(run, generate, config=build_generate_config(config, method, vision_task), **common)
-            cell = build_cell_config(method, vision_task, extractor)
-            cells.append(obtain(run, measure, config=cell, generations=images, **common))
-    in_context = obtain(run, measure_in_context, config=config, model=models.six_task, resources=resources, **shown)
-    trivial = obtain(run, measure_trivial, config=build_trivial_config(config), **shown)
+            model = models.find(method, vision_task)
+            images = obtain_generations(run, build_generate_config(config, method, vision_task), model, dataset)
+            cell = MeasureCell(build_cell_config(method, vision_task, extractor), images, model, dataset)
+            cells.append(obtain(run, cell, resources))
+    shown = {
+        name: obtain_generations(run, generated, models.six_task, dataset)
+        for name, generated in build_shown_configs(config).items()
+    }
+    in_context = obtain(run, MeasureInContext(config.split, shown, dataset), None)
+    trivial = obtain(run, MeasureTrivial(build_trivial_config(config), dataset), None)
     return Measurements(tuple(cells), in_context, trivial)
 
 
 def obtain_benchmark(run: Run, measured: Measurements, seconds: dict[str, float]) -> ManifestRef:
     """Return the table and report of what was measured."""
-    return obtain(run, make_benchmark, **vars(measured), seconds=seconds)
+    return obtain(run, Benchmark(measured.cells, measured.in_context, measured.trivial, seconds), None)
 
 
 def find_benchmark(run: Run) -> ManifestRef | None:
     """Return the table if it and everything before it is sealed, else None; asks the store alone and needs no server."""
-    asked = replace(run, upstream="require")
+    asked = run.requiring()
     try:
         return obtain_benchmark(asked, obtain_measurements(asked, obtain_models(asked)), seconds={})
     except UnsealedError:
         return None
-
-
-def build_eval_resources(run: Run) -> EvalResources:
-    """Return how much of this machine the evaluation takes."""
-    resources = run.config.resources
-    return EvalResources(
-        cache_dir=run.settings.cache_dir,
-        batch_size=resources.evaluate_batch_size,
-        num_threads=resources.evaluate_threads,
-    )

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 from prefect import flow
 
-from flows.run import Overrides, Preset, Run, Upstream, find_models, start_run
-from flows.stages import obtain_baselines, obtain_inputs, obtain_joint_model, obtain_maps, obtain_pairs
+from flows.run import Overrides, Preset, Run, Upstream, start_run
+from flows.stages import obtain_baselines, obtain_dataset, obtain_inputs, obtain_joint_model, obtain_pairs
 from prompt_diffusion.annotators.config import AnnotateConfig
 from prompt_diffusion.data.sources.image_folder import ImageFolderConfig
 from prompt_diffusion.model.references import BESIDE_BASE
 from prompt_diffusion.store.manifest import ManifestRef
-from prompt_diffusion.training.stage import TrainInputs, check_pairs
+from prompt_diffusion.training.inputs import TrainInputs, check_pairs
 from prompt_diffusion.vision_tasks import VISION_TASKS
 from tasks.register import register
 
@@ -29,7 +29,11 @@ def train_six_task(
         store: Folder or s3:// address that keeps every stage; empty means PROMPT_DIFFUSION_STORE, else `outputs/store`.
         upstream: What to do about earlier stages that are not sealed yet: make them, or fail and name the first.
     """
-    run = find_models(start_run(preset, overrides, store, upstream))
+    return train_joint_model(start_run(preset, overrides, store, upstream))
+
+
+def train_joint_model(run: Run) -> ManifestRef:
+    """Train the joint model of a run, and register it."""
     model = obtain_joint_model(run.making(), prepare_inputs(run))
     register(model)
     return model
@@ -47,7 +51,11 @@ def train_controlnet_baselines(
         store: Folder or s3:// address that keeps every stage; empty means PROMPT_DIFFUSION_STORE, else `outputs/store`.
         upstream: What to do about earlier stages that are not sealed yet: make them, or fail and name the first.
     """
-    run = find_models(start_run(preset, overrides, store, upstream))
+    return train_baselines(start_run(preset, overrides, store, upstream))
+
+
+def train_baselines(run: Run) -> dict[str, ManifestRef]:
+    """Train the baselines of a run."""
     return obtain_baselines(run.making(), prepare_inputs(run))
 
 
@@ -79,7 +87,7 @@ def train_custom(
         upstream: What to do about earlier stages that are not sealed yet: make them, or fail and name the first.
     """
     changes = build_custom_overrides(condition, mixed, model, steps) | (overrides or {})
-    run = find_models(start_run(preset, changes, store, upstream))
+    run = start_run(preset, changes, store, upstream)
     trained = obtain_joint_model(run.making(), prepare_custom_inputs(run, folder, condition, mixed))
     register(trained, name=f"{run.settings.registered_model}-{condition}")
     return trained
@@ -124,4 +132,4 @@ def use_pairs(run: Run, folder: str, condition: str) -> Run:
 def prepare_inputs(run: Run) -> TrainInputs:
     """Return what both trainings read: the pairs and maps of earlier flows, and their latents, made here."""
     pairs = obtain_pairs(run)
-    return obtain_inputs(run.making(), pairs, obtain_maps(run, pairs))
+    return obtain_inputs(run.making(), obtain_dataset(run, pairs))

@@ -6,19 +6,19 @@ from typing import Any
 
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from prompt_diffusion.presets import AnnotateFanOut
+from prompt_diffusion.presets import FanOut
 
 Workers = TaskRunner[Any]
 
 
 @contextmanager
-def start_workers(fan_out: AnnotateFanOut) -> Iterator[Workers]:
+def start_workers(fan_out: FanOut) -> Iterator[Workers]:
     """Give a started task runner; ValueError where Ray was asked for and is not installed.
 
     Ray runs a part again whose worker died; what it had finished lies in the store, and is found there.
     """
     if fan_out.engine == "threads":
-        pool: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=len(fan_out.devices))
+        pool: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=max(1, len(fan_out.devices)))
         with pool as workers:
             yield workers
         return

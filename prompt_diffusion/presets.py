@@ -15,7 +15,7 @@ from prompt_diffusion.data.ingest import IngestConfig
 from prompt_diffusion.data.sources.instruct_pix2pix import InstructPix2PixConfig
 from prompt_diffusion.data.sources.scenes import ScenesConfig
 from prompt_diffusion.engine.config import NoiseConfig, OptimizerConfig, TrainResources
-from prompt_diffusion.evaluation.config import EvaluateConfig
+from prompt_diffusion.evaluation.config import EvaluateConfig, EvaluateResources
 from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.model.references import DEMO_BASE
 from prompt_diffusion.training.config import DropoutConfig, SamplingConfig, TrainConfig
@@ -40,13 +40,13 @@ class BaselinesConfig(FrozenModel):
     ``{"depth_to_image": "lllyasviel/sd-controlnet-depth"}``; the others start from the base's encoder."""
 
 
-class AnnotateFanOut(FrozenModel):
-    """How the annotation of a large dataset is shared among workers: never part of a fingerprint."""
+class FanOut(FrozenModel):
+    """How the shards of a large stage are shared among workers: never part of a fingerprint."""
 
     engine: Literal["threads", "ray"] = "threads"
     """Threads of this process, one a device, or a Ray cluster (the extra 'ray')."""
-    devices: tuple[str, ...] = ("auto",)
-    """The devices of one process; with threads, as many parts run at once as there are devices."""
+    devices: tuple[str, ...] = ()
+    """The devices of one process, in place of the stage's own; with threads, as many parts run at once as there are."""
     shards_per_part: int = Field(default=32, ge=1)
     """Shards a task. Parts are fat: a task's overhead and the loading of weights must not show."""
     ray_address: str | None = None
@@ -70,12 +70,12 @@ class Resources(FrozenModel):
     """The annotators."""
     encode: EncodeResources = EncodeResources()
     """The encoders of latents and text."""
-    annotate_fan_out: AnnotateFanOut = AnnotateFanOut()
+    annotate_fan_out: FanOut = FanOut()
     """How many workers share an annotation."""
-    evaluate_batch_size: int = Field(default=16, ge=1)
-    """Images generated at once."""
-    evaluate_threads: int = Field(default=2, ge=1)
-    """CPU threads of the evaluation."""
+    evaluate: EvaluateResources = EvaluateResources(num_threads=2)
+    """Models and feature extractors of the evaluation."""
+    evaluate_fan_out: FanOut = FanOut(shards_per_part=8)
+    """How many workers share the generation of a cell's images."""
 
 
 class RunConfig(FrozenModel):
@@ -238,7 +238,7 @@ def demo() -> RunConfig:
             train=TrainResources(num_processes=2, device_batch_size=16, validate_every_steps=425),
             baselines=TrainResources(validate_every_steps=None),
             parallel_baselines=2,
-            evaluate_batch_size=25,
+            evaluate=EvaluateResources(batch_size=25, num_threads=2),
         ),
     )
 
@@ -267,7 +267,10 @@ def smoke() -> RunConfig:
                 }
             ),
             "resources": full.resources.model_copy(
-                update={"train": TrainResources(validate_every_steps=4), "evaluate_threads": 1}
+                update={
+                    "train": TrainResources(validate_every_steps=4),
+                    "evaluate": full.resources.evaluate.model_copy(update={"num_threads": 1}),
+                }
             ),
         }
     )

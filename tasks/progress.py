@@ -10,14 +10,16 @@ import httpx
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.logging import get_run_logger
 
-from prompt_diffusion.store.records import OnProgress, ShardProgress
+from prompt_diffusion.pretraining.stage import PretrainProgress
+from prompt_diffusion.store.records import Progress, ShardProgress
+from prompt_diffusion.store.stage import Report
 
 _SECONDS_BETWEEN_LINES = 5.0
 _SECONDS_BETWEEN_LOSSES = 60.0
 _BAR_WIDTH = 10
 
 
-def log_progress(what: str, items_per_row: int = 1, unit: str = "rows") -> OnProgress:
+def log_progress(what: str, items_per_row: int = 1, unit: str = "rows") -> Report:
     """Return a listener to a sharded stage that tells shards, rate, time left and rejects.
 
     It writes to the log of the task run that it is made in, and keeps that run's progress artifact.
@@ -27,8 +29,9 @@ def log_progress(what: str, items_per_row: int = 1, unit: str = "rows") -> OnPro
     said = time.monotonic()
     show_bar = show_progress()
 
-    def report(told: ShardProgress) -> None:
+    def report(told: Progress) -> None:
         nonlocal first, said
+        assert isinstance(told, ShardProgress)
         now = time.monotonic()
         first = first or (told, now)
         if now - said < _SECONDS_BETWEEN_LINES and told.num_done < told.num_shards:
@@ -45,6 +48,17 @@ def log_progress(what: str, items_per_row: int = 1, unit: str = "rows") -> OnPro
         line = f"{told.num_done} of {told.num_shards} shards, {told.num_rows * items_per_row} {unit}{rejects}{pace}"
         logger.info("%s: %s", what, line)
         show_bar(100.0 * told.num_done / told.num_shards, f"{what}: {line}")
+
+    return report
+
+
+def log_pretraining() -> Report:
+    """Return a listener to the pre-training of a base, which has two trainings."""
+    listeners = {phase: log_training(phase) for phase in ("vae", "unet")}
+
+    def report(progress: Progress) -> None:
+        assert isinstance(progress, PretrainProgress)
+        listeners[progress.phase](progress.event)
 
     return report
 

@@ -6,7 +6,7 @@ from prompt_diffusion.evaluation.cells import read_cell
 from prompt_diffusion.registry import CHALLENGER, RegisteredModel, register_model
 from prompt_diffusion.settings import load_settings
 from prompt_diffusion.store.manifest import ManifestRef
-from tasks.caching import is_transient
+from tasks.retries import is_transient
 
 HOUR_SECONDS = 3600
 

@@ -5,12 +5,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from prefect.client.orchestration import get_client
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 
+from prompt_diffusion.device import AUTO, takes_gpu
 from prompt_diffusion.engine.config import TrainResources
 
 GPU_LIMIT = "gpu"
@@ -44,9 +44,7 @@ def occupy_gpus(resources: TrainResources) -> Iterator[None]:
 
 def uses_gpus(resources: TrainResources) -> bool:
     """Say whether a training takes GPUs: 'auto' does where this machine has one, and on Ray's machines nobody can tell."""
-    if resources.device == "auto":
-        return resources.engine == "local" and any(Path("/dev").glob("nvidia[0-9]*"))
-    return resources.device == "cuda"
+    return takes_gpu(resources.device) and (resources.device != AUTO or resources.engine == "local")
 
 
 def read_gpu_limit() -> int | None:

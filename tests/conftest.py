@@ -15,7 +15,7 @@ from tests.sharing import RUN_VARIABLE, find_free_ports, for_the_run, is_answeri
 
 if TYPE_CHECKING:
     from prompt_diffusion.store.manifest import ManifestRef
-    from prompt_diffusion.training.stage import TrainInputs
+    from prompt_diffusion.training.inputs import TrainInputs
 
 _BUCKET = "tests"
 _LONG_FILES = ("test_launch.py", "test_reproduce.py", "test_deployments.py", "test_train_custom.py", "test_train.py")
@@ -181,11 +181,12 @@ def _start_prefect(environment: dict[str, str], folder: Path) -> str:
 @pytest.fixture(scope="session")
 def scene_inputs(tmp_path_factory: pytest.TempPathFactory) -> "SceneInputs":
     """Ingest and annotate a few ray-cast scenes at 32 pixels, once a session, into a store of their own."""
-    from prompt_diffusion.annotators.annotate import run_annotate
+    from prompt_diffusion.annotators.annotate import Annotate
     from prompt_diffusion.annotators.base import AnnotateResources
     from prompt_diffusion.annotators.config import AnnotateConfig
-    from prompt_diffusion.data.ingest import IngestConfig, run_ingest
+    from prompt_diffusion.data.ingest import Ingest, IngestConfig
     from prompt_diffusion.data.sources.scenes import ScenesConfig
+    from prompt_diffusion.store.stage import Context, obtain
 
     store = str(tmp_path_factory.mktemp("scenes"))
     config = IngestConfig(
@@ -194,9 +195,9 @@ def scene_inputs(tmp_path_factory: pytest.TempPathFactory) -> "SceneInputs":
         shard_rows=16,
         split_fractions=(0.6, 0.2, 0.2),
     )
-    pairs = run_ingest(config, store)
+    pairs = obtain(Ingest(config), Context(store, None))
     maps = {
-        name: run_annotate(AnnotateConfig(condition=name), pairs, store, AnnotateResources())
+        name: obtain(Annotate(AnnotateConfig(condition=name), pairs), Context(store, AnnotateResources()))
         for name in ("depth", "hed", "seg")
     }
     return SceneInputs(store, pairs, maps)
@@ -248,7 +249,7 @@ class SceneInputs:
 def train_refs() -> "Callable[..., TrainInputs]":
     """Return what builds a training's inputs of references alone, to be identified and never read."""
     from prompt_diffusion.store.manifest import ManifestRef
-    from prompt_diffusion.training.stage import TrainInputs
+    from prompt_diffusion.training.inputs import TrainInputs
 
     def build(conditions: Sequence[str], name: str = "data") -> "TrainInputs":
         def ref(kind: str) -> ManifestRef:

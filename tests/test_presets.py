@@ -3,7 +3,7 @@ import pytest
 from prompt_diffusion.engine.config import OptimizerConfig
 from prompt_diffusion.presets import PRESET_NAMES, build_preset
 from prompt_diffusion.training.config import SamplingConfig, TrainConfig
-from prompt_diffusion.training.stage import identify_train
+from prompt_diffusion.training.stage import Train
 
 
 def list_leaves(content, path=()):
@@ -71,7 +71,7 @@ def test_papers_one_departure_in_training_is_its_precision_and_a_field_takes_it_
 
 def test_every_scientific_field_of_a_training_moves_its_fingerprint(inputs):
     config = build_preset("demo").train
-    fingerprints = {identify_train(config, inputs).fingerprint}
+    fingerprints = {Train(config, inputs).identity.fingerprint}
     leaves = [(path, change(value)) for path, value in list_leaves(config.model_dump()) if change(value) is not None]
     shares = {"image_to_map_examples", "map_to_image_examples"}  # they must sum to 1: below
     leaves = [(path, value) for path, value in leaves if path[0] not in shares]
@@ -90,18 +90,18 @@ def test_every_scientific_field_of_a_training_moves_its_fingerprint(inputs):
         "train.stem_channels": [8, 16, 32],
     }
     for key, value in changes.items():
-        fingerprint = identify_train(build_preset("demo", {key: value}).train, inputs).fingerprint
+        fingerprint = Train(build_preset("demo", {key: value}).train, inputs).identity.fingerprint
         assert fingerprint not in fingerprints, key
         fingerprints.add(fingerprint)
     assert len(fingerprints) > 20
 
 
 def test_no_resource_field_moves_a_fingerprint(inputs):
-    expected = identify_train(build_preset("demo").train, inputs)
+    expected = Train(build_preset("demo").train, inputs).identity
     for path, value in list_leaves(build_preset("demo").resources.model_dump()):
         if change(value) is not None:
             overridden = build_preset("demo", {f"resources.{'.'.join(path)}": change(value)})
-            assert identify_train(overridden.train, inputs) == expected
+            assert Train(overridden.train, inputs).identity == expected
 
 
 def test_a_baseline_gets_as_many_samples_of_its_vision_task_as_the_joint_model():
@@ -127,9 +127,9 @@ def test_a_baseline_gets_as_many_samples_of_its_vision_task_as_the_joint_model()
 )
 def test_what_concerns_the_joint_training_alone_trains_no_baseline_again(change_of_the_joint_training, inputs):
     plain, changed = build_preset("demo"), build_preset("demo", change_of_the_joint_training)
-    assert identify_train(changed.train, inputs) != identify_train(plain.train, inputs)
+    assert Train(changed.train, inputs).identity != Train(plain.train, inputs).identity
     for before, after in zip(plain.baseline_trainings().values(), changed.baseline_trainings().values(), strict=True):
-        assert identify_train(after, inputs) == identify_train(before, inputs)
+        assert Train(after, inputs).identity == Train(before, inputs).identity
     own = build_preset("demo", {"baselines.optimizer.muon_learning_rate": 0.01}).baseline_trainings()
     assert own["image_to_hed"] != plain.baseline_trainings()["image_to_hed"]
 

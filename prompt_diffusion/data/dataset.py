@@ -14,12 +14,35 @@ from numpy.typing import NDArray
 from prompt_diffusion.data.records import Split
 from prompt_diffusion.data.shard_cache import ShardCache
 from prompt_diffusion.data.transforms import Pixels
-from prompt_diffusion.store.manifest import Manifest
+from prompt_diffusion.frozen import FrozenModel
+from prompt_diffusion.store.fingerprint import StageInput
+from prompt_diffusion.store.manifest import Manifest, ManifestRef
 from prompt_diffusion.vision_tasks import ExamplePolicy, VisionTask
 
 Side = Literal["input", "edited"]
 
 _INDEX_COLUMNS = ["sample_id", "group_id", "split", "input_prompt", "edited_prompt"]
+
+
+class Dataset(FrozenModel):
+    """Sealed image pairs with their condition maps: what trainings and evaluations read, as one value."""
+
+    pairs: ManifestRef
+    """The image pairs."""
+    maps: dict[str, ManifestRef]
+    """Condition maps of those pairs, by condition."""
+
+    def find_map(self, condition: str) -> ManifestRef:
+        """Return the manifest of a condition's maps; ValueError names what there is."""
+        if condition not in self.maps:
+            there = ", ".join(sorted(self.maps)) or "none"
+            raise ValueError(f"there are no maps of condition {condition!r}, only of {there}")
+        return self.maps[condition]
+
+    def list_inputs(self, conditions: Iterable[str]) -> tuple[StageInput, ...]:
+        """Return the pairs and the maps of those conditions as what a stage reads."""
+        maps = (StageInput.of(f"maps/{condition}", self.find_map(condition)) for condition in conditions)
+        return (StageInput.of("pairs", self.pairs), *maps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +78,7 @@ class InContextData:
         self.pairs, self.maps = pairs, dict(maps)
         kept: pa.Table = table.take(rows)
         self.sample_ids: list[str] = kept["sample_id"].to_pylist()
+        self._rows_by_id = {sample_id: row for row, sample_id in enumerate(self.sample_ids)}
         self.group_ids: list[str] = kept["group_id"].to_pylist()
         self._captions: dict[Side, list[str]] = {
             "input": kept["input_prompt"].to_pylist(),
@@ -76,6 +100,15 @@ class InContextData:
     def num_rows(self) -> int:
         """Rows of the split."""
         return len(self.sample_ids)
+
+    def find_rows(self, sample_ids: Iterable[str]) -> list[int]:
+        """Return the row of each sample; ValueError names one that the split does not have."""
+        rows = []
+        for sample_id in sample_ids:
+            if sample_id not in self._rows_by_id:
+                raise ValueError(f"the {self.split} split of {self.pairs.ref.uri} has no sample {sample_id!r}")
+            rows.append(self._rows_by_id[sample_id])
+        return rows
 
     def captions(self, side: Side) -> list[str]:
         """Return the captions of one side, a row each."""
@@ -143,7 +176,8 @@ def _find_caption_positions(captions: list[str], starts: NDArray[np.int64]) -> N
 
 def check_made_of(manifest: Manifest, role: str, of: Manifest) -> None:
     """Raise ValueError where a manifest was not made of the other one."""
-    if manifest.identity.inputs.get(role) != of.ref.fingerprint:
+    found = manifest.identity.find_input(role)
+    if found is None or found.fingerprint != of.ref.fingerprint:
         raise ValueError(f"{manifest.ref.uri} is not aligned with {of.ref.uri}: it was made of other {role}")
 
 

@@ -2,8 +2,10 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
@@ -15,14 +17,14 @@ from prompt_diffusion.data.sources.instruct_pix2pix import InstructPix2PixConfig
 from prompt_diffusion.data.sources.photos import PhotosConfig, PhotosSource
 from prompt_diffusion.data.sources.scenes import ScenesConfig, ScenesSource
 from prompt_diffusion.frozen import FrozenModel
-from prompt_diffusion.store.fingerprint import StageIdentity
-from prompt_diffusion.store.manifest import ManifestRef, Reject, find_sealed
-from prompt_diffusion.store.records import OnProgress
-from prompt_diffusion.store.sharded import ShardRows, run_sharded_stage
+from prompt_diffusion.store.fingerprint import StageIdentity, StageInput
+from prompt_diffusion.store.records import Reject
+from prompt_diffusion.store.sharded import MakeShard, ShardRows
+from prompt_diffusion.store.stage import Context, ShardedStage
 
 logger = logging.getLogger(__name__)
 
-STAGE, VERSION = "ingest", 2
+STAGE, VERSION = "ingest", 3
 
 SourceConfig = Annotated[
     ScenesConfig | PhotosConfig | ImageFolderConfig | InstructPix2PixConfig, Field(discriminator="kind")
@@ -83,54 +85,75 @@ def build_native_source(config: IngestConfig) -> Source:
     return _NATIVE_SOURCES[config.source.kind](config.source, None)
 
 
-def identify_ingest(config: IngestConfig) -> StageIdentity:
-    """Return what determines the ingested pairs: the scientific fields and the source's content, wherever it lies."""
-    return _identify(config, build_source(config))
-
-
-def _identify(config: IngestConfig, source: Source) -> StageIdentity:
-    fields = config.model_dump(mode="json", exclude={"reject_budget", "source"})
-    content = {**fields, "source": config.source.list_scientific()}
-    return StageIdentity(stage=STAGE, version=VERSION, config=content, inputs={"source": source.digest()})
-
-
-def run_ingest(config: IngestConfig, store_root: str, on_progress: OnProgress | None = None) -> ManifestRef:
-    """Ingest the source into shards of image pairs and seal them; at once if they are sealed already.
+@dataclass(frozen=True)
+class Ingest(ShardedStage[None]):
+    """The stage: a source read into shards of image pairs.
 
     ValueError where the source is not what it claims to be, has no sample, or more of it is broken than the budget.
     """
-    source = build_source(config)
-    identity = _identify(config, source)
-    sealed = find_sealed(identity, store_root)
-    if sealed is not None:
-        return sealed
-    keys = assign_splits(source.plan(), config.split_fractions)
-    if not keys:
-        raise ValueError(f"the source {config.source.kind} has no samples")
-    repeated = _find_repeated(keys)
-    logger.info("ingest of %d samples from %s into %s", len(keys), config.source.kind, identity.uri(store_root))
 
-    def make_shard(index: int) -> ShardRows:
-        places = range(index * config.shard_rows, min((index + 1) * config.shard_rows, len(keys)))
-        found = source.read([keys[place] for place in places if place not in repeated])
-        pairs: list[ImagePair] = []
-        rejects = [Reject(sample_id=keys[p].sample_id, reason="it is listed twice") for p in places if p in repeated]
-        for item in found:
-            if isinstance(item, Reject):
-                rejects.append(item)
-            else:
-                pairs.append(item)
-        assert len(pairs) + len(rejects) == len(places), "a source answers every key"
-        return image_pairs_table(pairs), rejects
+    config: IngestConfig
 
-    return run_sharded_stage(
-        identity,
-        store_root,
-        math.ceil(len(keys) / config.shard_rows),
-        make_shard,
-        reject_budget=config.reject_budget,
-        on_progress=on_progress,
-    )
+    @cached_property
+    def source(self) -> Source:
+        """The source, opened once: its listing may be long."""
+        return build_source(self.config)
+
+    @cached_property
+    def keys(self) -> list[SampleKey]:
+        """Every sample of the source with its split."""
+        return assign_splits(self.source.plan(), self.config.split_fractions)
+
+    @property
+    def reject_budget(self) -> float:
+        """The configured one."""
+        return self.config.reject_budget
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return f"ingest {self.config.source.kind}"
+
+    def identify(self) -> StageIdentity:
+        """Return the scientific fields and the source's content, wherever it lies."""
+        fields = self.config.model_dump(mode="json", exclude={"reject_budget", "source"})
+        content = {**fields, "source": self.config.source.list_scientific()}
+        inputs = (StageInput(role="source", fingerprint=self.source.digest()),)
+        return StageIdentity(stage=STAGE, version=VERSION, config=content, inputs=inputs)
+
+    def count_shards(self) -> int:
+        """Return the shards that the samples fill; ValueError for a source that has none."""
+        if not self.keys:
+            raise ValueError(f"the source {self.config.source.kind} has no samples")
+        return math.ceil(len(self.keys) / self.config.shard_rows)
+
+    @contextmanager
+    def open_maker(self, context: Context[None]) -> Iterator[MakeShard]:
+        """Give what reads a shard's samples."""
+        keys, rows = self.keys, self.config.shard_rows
+        repeated = _find_repeated(keys)
+        logger.info(
+            "ingest of %d samples from %s into %s", len(keys), self.config.source.kind, self.identity.uri(context.store)
+        )
+
+        def make_shard(index: int) -> ShardRows:
+            places = range(index * rows, min((index + 1) * rows, len(keys)))
+            found = self.source.read([keys[place] for place in places if place not in repeated])
+            pairs: list[ImagePair] = []
+            rejects = [
+                Reject(sample_id=keys[place].sample_id, reason="it is listed twice")
+                for place in places
+                if place in repeated
+            ]
+            for item in found:
+                if isinstance(item, Reject):
+                    rejects.append(item)
+                else:
+                    pairs.append(item)
+            assert len(pairs) + len(rejects) == len(places), "a source answers every key"
+            return image_pairs_table(pairs), rejects
+
+        yield make_shard
 
 
 def assign_splits(keys: Sequence[SampleKey], fractions: tuple[float, float, float]) -> list[SampleKey]:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from prompt_diffusion.device import AUTO
 from prompt_diffusion.frozen import FrozenModel
 
 
@@ -61,8 +62,8 @@ class TrainResources(FrozenModel):
     """Processes that share each step's batch: one a GPU."""
     threads_per_process: int = Field(default=1, ge=1)
     """CPU threads of each process; 1 on a shared machine, where spinning threads cost far more than they give."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto takes a GPU where there is one."""
+    device: str = AUTO
+    """Where to compute: ``cpu``, ``cuda`` (a GPU for each process), ``cuda:1``; ``auto`` takes GPUs where there are some."""
     time_limit_seconds: float | None = Field(default=None, gt=0)
     """Time after which the training is asked to save and stop, as by SIGTERM; the same run goes on later."""
     device_batch_size: int | None = Field(default=None, ge=1)

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from prompt_diffusion.device import choose_device
+
 CPU = torch.device("cpu")
 _BUCKET_BYTES = 1 << 28
 
@@ -102,15 +104,6 @@ def _fill_buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 ALONE = World()
-
-
-def choose_device(device: str, local_rank: int = 0) -> torch.device:
-    """Return the device of a setting: ``auto`` takes a GPU where there is one; ``cuda`` without a GPU is refused."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' was asked for and this machine has no usable GPU: use 'cpu' or 'auto'")
-    if device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
 @contextmanager

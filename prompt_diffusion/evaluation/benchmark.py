@@ -8,6 +8,7 @@ second one beside it, ends with the same files.
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Final
 
@@ -16,74 +17,78 @@ from prompt_diffusion.evaluation.provenance import CellSources, describe_provena
 from prompt_diffusion.evaluation.report import render_report
 from prompt_diffusion.evaluation.table import STAGE, TABLE_FILE, BenchmarkTable, render_csv, render_markdown
 from prompt_diffusion.evaluation.trivial import read_trivial
-from prompt_diffusion.store.fingerprint import StageIdentity
+from prompt_diffusion.store.fingerprint import StageIdentity, StageInput
 from prompt_diffusion.store.manifest import (
     ManifestRef,
     describe_file,
-    find_sealed,
     open_manifest,
     seal_manifest,
     write_file,
 )
+from prompt_diffusion.store.stage import Context, Stage
 from prompt_diffusion.store.storage import create_bytes, join_uri, read_bytes
 
 logger = logging.getLogger(__name__)
 
-VERSION: Final = 1
+VERSION: Final = 2
 REPORT_FILE: Final = "report.html"
 
 
-def identify_benchmark(cells: Sequence[ManifestRef], in_context: ManifestRef, trivial: ManifestRef) -> StageIdentity:
-    """Return what a benchmark is a function of; ValueError where two cells claim one place of the table."""
-    inputs: dict[str, str] = {}
-    for cell in cells:
-        config = open_manifest(cell.uri).identity.config
-        role = f"cell:{config['method']}:{config['vision_task']}"
-        if role in inputs:
-            raise ValueError(f"two cells stand for {role}: {inputs[role]} and {cell.fingerprint}")
-        inputs[role] = cell.fingerprint
-    if not inputs:
-        raise ValueError("a benchmark needs at least one cell, and got none")
-    inputs |= {"in_context": in_context.fingerprint, "trivial": trivial.fingerprint}
-    return StageIdentity(stage=STAGE, version=VERSION, config={}, inputs=inputs)
+@dataclass(frozen=True)
+class Benchmark(Stage[None]):
+    """The stage: table and report of sealed cells. ValueError where two cells claim one place of the table."""
+
+    cells: tuple[ManifestRef, ...]
+    in_context: ManifestRef
+    trivial: ManifestRef
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """How long each stage took, for the table; no part of the identity."""
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return "benchmark"
+
+    def identify(self) -> StageIdentity:
+        """Return the cells by their place in the table, and the two tests beside them."""
+        if not self.cells:
+            raise ValueError("a benchmark needs at least one cell, and got none")
+        cells = [StageInput.of(_name_place(cell), cell) for cell in self.cells]
+        tests = (StageInput.of("in_context", self.in_context), StageInput.of("trivial", self.trivial))
+        return StageIdentity(stage=STAGE, version=VERSION, config={}, inputs=(*cells, *tests))
+
+    def run(self, context: Context[None]) -> ManifestRef:
+        """Write table and report, and seal them."""
+        identity, store = self.identity, context.store
+        sources = [trace_cell(cell) for cell in self.cells]
+        _check_pairs(sources)
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        in_context = open_manifest(self.in_context.uri)
+        table = BenchmarkTable(
+            cells=[source.result for source in sources],
+            trivial=read_trivial(self.trivial),
+            in_context=read_in_context(self.in_context),
+            seconds={stage: round(value, 3) for stage, value in self.seconds.items()},
+            provenance=describe_provenance(sources, in_context, open_manifest(self.trivial.uri), created),
+        )
+        table_bytes = _write_once(identity, store, json.dumps(table.model_dump(), indent=2).encode())
+        table = BenchmarkTable.model_validate_json(table_bytes)
+        texts = {
+            "table.md": render_markdown(table),
+            "table.csv": render_csv(table),
+            REPORT_FILE: render_report(table, sources, in_context),
+        }
+        files = [write_file(identity, store, path, text.encode()) for path, text in texts.items()]
+        files.append(describe_file(TABLE_FILE, table_bytes))
+        ref = seal_manifest(identity, store, files, counts={"rows": len(table.cells)})
+        logger.info("the report is %s", join_uri(ref.uri, REPORT_FILE))
+        return ref
 
 
-def run_benchmark(
-    cells: Sequence[ManifestRef],
-    in_context: ManifestRef,
-    trivial: ManifestRef,
-    store_root: str,
-    *,
-    seconds: Mapping[str, float],
-) -> ManifestRef:
-    """Write table and report of sealed cells, and seal them; `seconds` by stage enter the table, not its identity."""
-    identity = identify_benchmark(cells, in_context, trivial)
-    sealed = find_sealed(identity, store_root)
-    if sealed is not None:
-        return sealed
-    sources = [trace_cell(cell, store_root) for cell in cells]
-    _check_pairs(sources)
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    in_context_manifest = open_manifest(in_context.uri)
-    table = BenchmarkTable(
-        cells=[source.result for source in sources],
-        trivial=read_trivial(trivial),
-        in_context=read_in_context(in_context),
-        seconds={stage: round(value, 3) for stage, value in seconds.items()},
-        provenance=describe_provenance(sources, in_context_manifest, open_manifest(trivial.uri), created),
-    )
-    table_bytes = _write_once(identity, store_root, json.dumps(table.model_dump(), indent=2).encode())
-    table = BenchmarkTable.model_validate_json(table_bytes)
-    texts = {
-        "table.md": render_markdown(table),
-        "table.csv": render_csv(table),
-        REPORT_FILE: render_report(table, sources, in_context_manifest, store_root),
-    }
-    files = [write_file(identity, store_root, path, text.encode()) for path, text in texts.items()]
-    files.append(describe_file(TABLE_FILE, table_bytes))
-    ref = seal_manifest(identity, store_root, files, counts={"rows": len(table.cells)})
-    logger.info("the report is %s", join_uri(ref.uri, REPORT_FILE))
-    return ref
+def _name_place(cell: ManifestRef) -> str:
+    """Return the role of a cell: its method and vision task."""
+    config = open_manifest(cell.uri).identity.config
+    return f"cells/{config['method']}/{config['vision_task']}"
 
 
 def _write_once(identity: StageIdentity, store_root: str, data: bytes) -> bytes:

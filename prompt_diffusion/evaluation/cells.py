@@ -8,7 +8,8 @@ Floors say how low a number can honestly be expected to go:
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Final, Literal, Self
@@ -17,22 +18,24 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, model_validator
 
+from prompt_diffusion.data.dataset import Dataset
 from prompt_diffusion.data.records import SPLITS, Split
 from prompt_diffusion.data.transforms import from_model_range, to_model_range
-from prompt_diffusion.evaluation.config import EvalResources, Method
+from prompt_diffusion.evaluation.config import EvaluateResources, Method
 from prompt_diffusion.evaluation.features import WEIGHT_DIGESTS, ExtractorName, build_extractor
 from prompt_diffusion.evaluation.frechet import compute_frechet_distance
-from prompt_diffusion.evaluation.generate import find_map, open_data, read_images
+from prompt_diffusion.evaluation.generate import Generations, open_data, read_generations
 from prompt_diffusion.evaluation.models import open_pipeline, reserve_device
 from prompt_diffusion.evaluation.rmse import ImageArray, compute_rmse
 from prompt_diffusion.frozen import FrozenModel
-from prompt_diffusion.store.fingerprint import StageIdentity
-from prompt_diffusion.store.manifest import ManifestRef, find_sealed, open_manifest, seal_manifest, write_file
+from prompt_diffusion.store.fingerprint import StageIdentity, StageInput
+from prompt_diffusion.store.manifest import ManifestRef, open_manifest, seal_manifest, write_file
+from prompt_diffusion.store.stage import Context, Stage
 from prompt_diffusion.vision_tasks import find_vision_task
 
 logger = logging.getLogger(__name__)
 
-VERSION: Final = 1
+VERSION: Final = 2
 CELL_FILE: Final = "cell.json"
 MetricName = Literal["FID", "frechet_distance", "rmse"]
 
@@ -101,51 +104,85 @@ def build_cell_config(method: Method, vision_task: str, extractor: ExtractorName
     return CellConfig(method=method, vision_task=vision_task, metric=name_metric(vision_task, used), extractor=used)
 
 
-def identify_cell(
-    config: CellConfig,
-    generations: ManifestRef,
-    model: ManifestRef,
-    pairs: ManifestRef,
-    maps: Mapping[str, ManifestRef],
-) -> StageIdentity:
-    """Return what a cell is a function of."""
-    condition = find_vision_task(config.vision_task).condition
-    inputs = {
-        "generations": generations.fingerprint,
-        "model": model.fingerprint,
-        "pairs": pairs.fingerprint,
-        f"map:{condition}": find_map(maps, condition).fingerprint,
-    }
-    digest = WEIGHT_DIGESTS[config.extractor] if config.extractor else None
-    content = {**config.model_dump(mode="json"), "extractor_weights": digest}
-    return StageIdentity(stage="evaluate", version=VERSION, config=content, inputs=inputs)
+@dataclass(frozen=True)
+class MeasureCell(Stage[EvaluateResources]):
+    """The stage: generated images turned into one number, sealed as ``cell.json``.
 
+    ValueError where the images were not made for that vision task, by that model, from that dataset.
+    """
 
-def run_cell(
-    config: CellConfig,
-    generations: ManifestRef,
-    model: ManifestRef,
-    pairs: ManifestRef,
-    maps: Mapping[str, ManifestRef],
-    store_root: str,
-    resources: EvalResources,
-) -> ManifestRef:
-    """Measure one cell and seal it as cell.json; nothing is done where it is sealed."""
-    identity = identify_cell(config, generations, model, pairs, maps)
-    sealed = find_sealed(identity, store_root)
-    if sealed is not None:
-        return sealed
-    split = _check_generations(config, generations, model, pairs)
-    images = read_images(generations)
-    if config.extractor is not None:
-        value, floor = _measure_frechet(config.extractor, images, pairs, maps, split, resources)
-    else:
-        value, floor = _measure_rmse(config.vision_task, images, model, pairs, maps, split, resources)
-    paper = PAPER_VALUES.get((config.method, config.vision_task))
-    cell = CellResult(**config.model_dump(), value=value, n=len(images), floor=floor, paper=paper)
-    logger.info("%s, %s: %s %.4f (n %d, floor %.4f)", cell.method, cell.vision_task, cell.metric, value, cell.n, floor)
-    file = write_file(identity, store_root, CELL_FILE, json.dumps(cell.model_dump(), indent=2).encode())
-    return seal_manifest(identity, store_root, [file], counts={"rows": cell.n})
+    config: CellConfig
+    generations: ManifestRef
+    model: ManifestRef
+    dataset: Dataset
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return f"measure {self.config.metric} of {self.config.method}, {self.config.vision_task}"
+
+    def identify(self) -> StageIdentity:
+        """Return which number it is, the extractor's weights, the images, the model and what they are compared with."""
+        condition = find_vision_task(self.config.vision_task).condition
+        inputs = (
+            StageInput.of("generations", self.generations),
+            StageInput.of("model", self.model),
+            *self.dataset.list_inputs([condition]),
+        )
+        digest = WEIGHT_DIGESTS[self.config.extractor] if self.config.extractor else None
+        content = {**self.config.model_dump(mode="json"), "extractor_weights": digest}
+        return StageIdentity(stage="evaluate", version=VERSION, config=content, inputs=inputs)
+
+    def run(self, context: Context[EvaluateResources]) -> ManifestRef:
+        """Measure, and seal the number."""
+        config, split = self.config, self._check_generations()
+        outputs = read_generations(self.generations)
+        if config.extractor is not None:
+            value, floor = self._measure_frechet(config.extractor, outputs, split, context.resources)
+        else:
+            value, floor = self._measure_rmse(outputs, split, context.resources)
+        paper = PAPER_VALUES.get((config.method, config.vision_task))
+        cell = CellResult(**config.model_dump(), value=value, n=len(outputs), floor=floor, paper=paper)
+        logger.info(
+            "%s, %s: %s %.4f (n %d, floor %.4f)", cell.method, cell.vision_task, cell.metric, value, cell.n, floor
+        )
+        file = write_file(self.identity, context.store, CELL_FILE, json.dumps(cell.model_dump(), indent=2).encode())
+        return seal_manifest(self.identity, context.store, [file], counts={"rows": cell.n})
+
+    def _check_generations(self) -> Split:
+        """Return the split that the images were generated for; ValueError where they are not what the cell is about."""
+        identity = open_manifest(self.generations.uri).identity
+        generated = identity.config["vision_task"]
+        if generated != self.config.vision_task:
+            raise ValueError(f"a cell of {self.config.vision_task} cannot be made from images of {generated}")
+        for role, ref in (("model", self.model), ("pairs", self.dataset.pairs)):
+            found = identity.digests[role]
+            if found != ref.fingerprint:
+                raise ValueError(f"the images were made with the {role} {found}, not {ref.fingerprint}")
+        return next(split for split in SPLITS if split == identity.config["split"])
+
+    def _measure_frechet(
+        self, extractor: ExtractorName, outputs: Generations, split: Split, resources: EvaluateResources
+    ) -> tuple[float, float]:
+        """Return the Frechet distance of the images to the truths, and the real-against-real floor at the same n."""
+        others_split = find_floor_split(self.dataset.pairs, split, len(outputs))
+        others = open_data(self.dataset, others_split).sample_ids[: len(outputs)]
+        cache_dir = resources.find_cache()
+        with reserve_device(resources) as device:
+            extract = build_extractor(extractor, cache_dir, str(device)).extract
+            features = extract(outputs.images)
+            truths, real = (
+                _extract_truths(extractor, self.dataset.model_dump_json(), name, tuple(ids), cache_dir, str(device))
+                for name, ids in ((split, outputs.sample_ids), (others_split, others))
+            )
+        return compute_frechet_distance(features, truths), compute_frechet_distance(real, truths)
+
+    def _measure_rmse(self, outputs: Generations, split: Split, resources: EvaluateResources) -> tuple[float, float]:
+        """Return the RMSE of the maps, and of the truths' round trip through the model's VAE."""
+        condition = find_vision_task(self.config.vision_task).target_condition
+        truths = read_truths(self.dataset, split, condition, outputs.sample_ids)
+        round_trip = _round_trip(truths, self.model, resources)
+        return compute_rmse(outputs.images, truths), compute_rmse(round_trip, truths)
 
 
 def read_cell(cell: ManifestRef) -> CellResult:
@@ -153,12 +190,13 @@ def read_cell(cell: ManifestRef) -> CellResult:
     return CellResult.model_validate_json(open_manifest(cell.uri).read_file(CELL_FILE))
 
 
-def read_truths(
-    pairs: ManifestRef, maps: Mapping[str, ManifestRef], split: Split, condition: str | None, n: int
-) -> ImageArray:
-    """Return the first n edited images of a split, or their maps of a condition: uint8 (n, h, w, 3)."""
-    data = open_data(pairs, maps, split)
-    return np.stack([data.image(row, "edited", condition) for row in range(n)])
+def read_truths(dataset: Dataset, split: Split, condition: str | None, sample_ids: Sequence[str]) -> ImageArray:
+    """Return the edited images of those samples, or their maps of a condition: uint8 (n, h, w, 3), in their order.
+
+    ValueError names a sample that the split does not have.
+    """
+    data = open_data(dataset, split)
+    return np.stack([data.image(row, "edited", condition) for row in data.find_rows(sample_ids)])
 
 
 @lru_cache(maxsize=4)
@@ -172,65 +210,17 @@ def find_floor_split(pairs: ManifestRef, split: Split, n: int) -> Split:
     raise ValueError(f"no other split than {split} has the {n} images that a real-against-real floor needs")
 
 
-def _check_generations(config: CellConfig, generations: ManifestRef, model: ManifestRef, pairs: ManifestRef) -> Split:
-    """Return the split that the images were generated for; ValueError where they are not what the cell is about."""
-    identity = open_manifest(generations.uri).identity
-    generated = identity.config["vision_task"]
-    if generated != config.vision_task:
-        raise ValueError(f"a cell of {config.vision_task} cannot be made from images of {generated}")
-    for role, ref in (("model", model), ("pairs", pairs)):
-        if identity.inputs[role] != ref.fingerprint:
-            raise ValueError(f"the images were made with the {role} {identity.inputs[role]}, not {ref.fingerprint}")
-    return next(split for split in SPLITS if split == identity.config["split"])
-
-
-def _measure_frechet(
-    extractor: ExtractorName,
-    images: ImageArray,
-    pairs: ManifestRef,
-    maps: Mapping[str, ManifestRef],
-    split: Split,
-    resources: EvalResources,
-) -> tuple[float, float]:
-    """Return the Frechet distance of the images to the truths, and the real-against-real floor at the same n."""
-    others_split = find_floor_split(pairs, split, len(images))
-    with reserve_device(resources):
-        features = build_extractor(extractor, resources.cache_dir).extract(images)
-        truths, others = (
-            _extract_truths(extractor, pairs, tuple(sorted(maps.items())), name, len(images), resources.cache_dir)
-            for name in (split, others_split)
-        )
-    return compute_frechet_distance(features, truths), compute_frechet_distance(others, truths)
-
-
 # The three map-to-image vision tasks of every method share their truths and their floor's other images.
 @lru_cache(maxsize=4)
 def _extract_truths(
-    extractor: ExtractorName,
-    pairs: ManifestRef,
-    maps: tuple[tuple[str, ManifestRef], ...],
-    split: Split,
-    n: int,
-    cache_dir: Path,
+    extractor: ExtractorName, dataset: str, split: Split, sample_ids: tuple[str, ...], cache_dir: Path, device: str
 ) -> npt.NDArray[np.float64]:
-    return build_extractor(extractor, cache_dir).extract(read_truths(pairs, dict(maps), split, None, n))
+    """Return the features of photographs; the dataset as JSON, which can be a key."""
+    truths = read_truths(Dataset.model_validate_json(dataset), split, None, sample_ids)
+    return build_extractor(extractor, cache_dir, device).extract(truths)
 
 
-def _measure_rmse(
-    vision_task: str,
-    images: ImageArray,
-    model: ManifestRef,
-    pairs: ManifestRef,
-    maps: Mapping[str, ManifestRef],
-    split: Split,
-    resources: EvalResources,
-) -> tuple[float, float]:
-    """Return the RMSE of the maps, and of the truths' round trip through the model's VAE."""
-    truths = read_truths(pairs, maps, split, find_vision_task(vision_task).target_condition, len(images))
-    return compute_rmse(images, truths), compute_rmse(_round_trip(truths, model, resources), truths)
-
-
-def _round_trip(images: ImageArray, model: ManifestRef, resources: EvalResources) -> ImageArray:
+def _round_trip(images: ImageArray, model: ManifestRef, resources: EvaluateResources) -> ImageArray:
     """Return the images encoded and decoded by the model's VAE, at the posterior's mean."""
     import torch
 

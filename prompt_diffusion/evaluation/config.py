@@ -6,8 +6,10 @@ from typing import Final, Literal
 from pydantic import Field
 
 from prompt_diffusion.data.records import Split
+from prompt_diffusion.device import DeviceResources
 from prompt_diffusion.evaluation.features import ExtractorChoice
 from prompt_diffusion.frozen import FrozenModel
+from prompt_diffusion.settings import load_settings
 from prompt_diffusion.vision_tasks import ExamplePolicy
 
 Method = Literal["CN(FT)", "Prompt Diffusion"]
@@ -49,14 +51,16 @@ class EvaluateConfig(FrozenModel):
     """The split that queries and truths come from."""
 
 
-class EvalResources(FrozenModel):
+class EvaluateResources(DeviceResources):
     """Where and how fast the evaluation runs; nothing of it enters a fingerprint."""
 
-    cache_dir: Path
-    """Folder for local copies of model weights, and of the Inception weights."""
     batch_size: int = Field(default=16, ge=1)
     """Images that are generated at once."""
     num_threads: int | None = Field(default=None, ge=1)
     """Threads that PyTorch may use; None leaves its own choice."""
-    device: str = "cpu"
-    """Where the model runs."""
+    cache_dir: Path | None = None
+    """Folder for local copies of model weights, and of the Inception weights; None takes PROMPT_DIFFUSION_CACHE_DIR's."""
+
+    def find_cache(self) -> Path:
+        """Return the folder for local copies."""
+        return self.cache_dir or load_settings().cache_dir

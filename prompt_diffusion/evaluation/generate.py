@@ -5,34 +5,35 @@ the others of its batch, and a run that was killed goes on with the same picture
 """
 
 import hashlib
-import logging
-from collections.abc import Iterable, Mapping
-from functools import lru_cache
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from prompt_diffusion.data.dataset import InContextData, Sample
+from prompt_diffusion.data.dataset import Dataset, InContextData, Sample
 from prompt_diffusion.data.records import Split, generations_table
 from prompt_diffusion.data.transforms import decode_image, encode_png
-from prompt_diffusion.evaluation.config import EvalResources, EvaluateConfig, Method
+from prompt_diffusion.evaluation.config import EvaluateConfig, EvaluateResources, Method
 from prompt_diffusion.evaluation.models import open_pipeline
 from prompt_diffusion.evaluation.rmse import ImageArray
 from prompt_diffusion.frozen import FrozenModel
-from prompt_diffusion.store.fingerprint import StageIdentity
-from prompt_diffusion.store.manifest import ManifestRef, find_sealed, open_manifest
-from prompt_diffusion.store.records import OnProgress
-from prompt_diffusion.store.sharded import ShardRows, run_sharded_stage
+from prompt_diffusion.store.fingerprint import StageIdentity, StageInput
+from prompt_diffusion.store.manifest import ManifestRef, open_manifest
+from prompt_diffusion.store.sharded import MakeShard, ShardRows
+from prompt_diffusion.store.stage import Context, ShardedStage
 from prompt_diffusion.vision_tasks import ExamplePolicy, find_vision_task
 
 if TYPE_CHECKING:
     from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
 
-logger = logging.getLogger(__name__)
-
-VERSION: Final = 1
+VERSION: Final = 2
 # Part of what a shard is, so a constant and not a resource: a resumed run must cut the rows as the killed one did.
 SHARD_ROWS: Final = 96
 _SEED_BITS: Final = 63
@@ -83,43 +84,61 @@ def build_generate_config(config: EvaluateConfig, method: Method, vision_task: s
     )
 
 
-def identify_generate(
-    config: GenerateConfig, model: ManifestRef, pairs: ManifestRef, maps: Mapping[str, ManifestRef]
-) -> StageIdentity:
-    """Return what the images are a function of; of the maps, only the vision task's own condition counts."""
-    condition = find_vision_task(config.vision_task).condition
-    inputs = {
-        "model": model.fingerprint,
-        "pairs": pairs.fingerprint,
-        f"map:{condition}": find_map(maps, condition).fingerprint,
-    }
-    return StageIdentity(stage="generate", version=VERSION, config=config.model_dump(mode="json"), inputs=inputs)
+@dataclass(frozen=True)
+class Generate(ShardedStage[EvaluateResources]):
+    """The stage: a model's answers to the queries of one vision task. ValueError where the split has too few rows."""
+
+    config: GenerateConfig
+    model: ManifestRef
+    dataset: Dataset
+
+    @cached_property
+    def rows(self) -> InContextData:
+        """The rows of the split."""
+        return open_data(self.dataset, self.config.split)
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return f"generate {self.config.vision_task} with {self.model.fingerprint[:8]}"
+
+    def identify(self) -> StageIdentity:
+        """Return configuration, model, pairs and, of the maps, those of the vision task's own condition."""
+        condition = find_vision_task(self.config.vision_task).condition
+        inputs = (StageInput.of("model", self.model), *self.dataset.list_inputs([condition]))
+        return StageIdentity(
+            stage="generate", version=VERSION, config=self.config.model_dump(mode="json"), inputs=inputs
+        )
+
+    def count_shards(self) -> int:
+        """Return the shards that the samples fill."""
+        return math.ceil(self.config.num_samples / SHARD_ROWS)
+
+    @contextmanager
+    def open_maker(self, context: Context[EvaluateResources]) -> Iterator[MakeShard]:
+        """Give what generates the images of a shard, on the resources' device."""
+        check_num_samples(self.config.num_samples, self.rows)
+        resources = context.resources
+
+        def make_shard(index: int) -> ShardRows:
+            rows = range(index * SHARD_ROWS, min((index + 1) * SHARD_ROWS, self.config.num_samples))
+            with open_pipeline(self.model, resources) as pipeline:
+                return _generate_rows(self.config, self.rows, rows, pipeline, resources.batch_size), []
+
+        yield make_shard
 
 
-def run_generate(
-    config: GenerateConfig,
-    model: ManifestRef,
-    pairs: ManifestRef,
-    maps: Mapping[str, ManifestRef],
-    store_root: str,
-    resources: EvalResources,
-    on_progress: OnProgress | None = None,
-) -> ManifestRef:
-    """Generate the images that are missing and seal; ValueError where the split has fewer rows than are asked for."""
-    identity = identify_generate(config, model, pairs, maps)
-    sealed = find_sealed(identity, store_root)
-    if sealed is not None:
-        return sealed
-    data = open_data(pairs, maps, config.split)
-    check_num_samples(config.num_samples, data)
+@dataclass(frozen=True)
+class Generations:
+    """Generated images, each with the sample whose query it answers."""
 
-    def make_shard(index: int) -> ShardRows:
-        rows = range(index * SHARD_ROWS, min((index + 1) * SHARD_ROWS, config.num_samples))
-        with open_pipeline(model, resources) as pipeline:
-            return _generate_rows(config, data, rows, pipeline, resources.batch_size), []
+    sample_ids: list[str]
+    """In the order of the images."""
+    images: ImageArray
+    """uint8 (n, h, w, 3)."""
 
-    num_shards = -(-config.num_samples // SHARD_ROWS)
-    return run_sharded_stage(identity, store_root, num_shards, make_shard, on_progress=on_progress)
+    def __len__(self) -> int:
+        return len(self.sample_ids)
 
 
 def compute_image_seed(config: GenerateConfig, sample_id: str) -> int:
@@ -136,16 +155,9 @@ def choose_example_rows(data: InContextData, policy: ExamplePolicy, seed: int, r
     ]
 
 
-def open_data(pairs: ManifestRef, maps: Mapping[str, ManifestRef], split: Split) -> InContextData:
-    """Return the rows of a split with those maps, opened once a process: pass all maps, and every task shares it."""
-    return _open_data(pairs.uri, tuple(sorted((condition, ref.uri) for condition, ref in maps.items())), split)
-
-
-def find_map(maps: Mapping[str, ManifestRef], condition: str) -> ManifestRef:
-    """Return the manifest of a condition's maps; ValueError names what there is."""
-    if condition not in maps:
-        raise ValueError(f"there are no maps of condition {condition!r}, only of {', '.join(sorted(maps)) or 'none'}")
-    return maps[condition]
+def open_data(dataset: Dataset, split: Split) -> InContextData:
+    """Return the rows of a split with all maps, opened once a process, whoever asks for them."""
+    return _open_data(dataset.pairs.uri, tuple(sorted((name, ref.uri) for name, ref in dataset.maps.items())), split)
 
 
 def check_num_samples(num_samples: int, data: InContextData) -> None:
@@ -154,10 +166,15 @@ def check_num_samples(num_samples: int, data: InContextData) -> None:
         raise ValueError(f"{num_samples} samples are asked for, and the {data.split} split has {data.num_rows} rows")
 
 
-def read_images(generations: ManifestRef) -> ImageArray:
-    """Return the images of a sealed generation, uint8 (n, h, w, 3), in the order of the split."""
-    column = open_manifest(generations.uri).read_table(["image"])["image"]
-    return np.stack([decode_image(image["bytes"]) for image in column.to_pylist()])
+def read_generations(generations: ManifestRef) -> Generations:
+    """Return the images of a sealed generation with their samples; ValueError names a sample that has two images."""
+    table = open_manifest(generations.uri).read_table(["sample_id", "image"])
+    sample_ids: list[str] = table["sample_id"].to_pylist()
+    repeated = next((name for name, count in Counter(sample_ids).items() if count > 1), None)
+    if repeated is not None:
+        raise ValueError(f"{generations.uri} has several images of the sample {repeated!r}")
+    images = np.stack([decode_image(image["bytes"]) for image in table["image"].to_pylist()])
+    return Generations(sample_ids, images)
 
 
 @lru_cache(maxsize=4)

@@ -8,25 +8,28 @@ nearest to by RMSE. A model that reads the pair puts every output of a row under
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from prompt_diffusion.data.dataset import Dataset
+from prompt_diffusion.data.records import Split
 from prompt_diffusion.evaluation.cells import read_truths
-from prompt_diffusion.evaluation.config import EvalResources, EvaluateConfig
-from prompt_diffusion.evaluation.generate import GenerateConfig, find_map, identify_generate, read_images, run_generate
+from prompt_diffusion.evaluation.config import EvaluateConfig
+from prompt_diffusion.evaluation.generate import GenerateConfig, read_generations
 from prompt_diffusion.evaluation.rmse import ImageArray, compute_image_errors
 from prompt_diffusion.frozen import FrozenModel
-from prompt_diffusion.store.fingerprint import StageIdentity
-from prompt_diffusion.store.manifest import ManifestRef, find_sealed, open_manifest, seal_manifest, write_file
-from prompt_diffusion.store.records import OnProgress
+from prompt_diffusion.store.fingerprint import StageIdentity, StageInput
+from prompt_diffusion.store.manifest import ManifestRef, open_manifest, seal_manifest, write_file
+from prompt_diffusion.store.stage import Context, Stage
 from prompt_diffusion.vision_tasks import VISION_TASKS
 
 logger = logging.getLogger(__name__)
 
-VERSION: Final = 1
+VERSION: Final = 2
 IN_CONTEXT_FILE: Final = "in_context.json"
 NONE: Final = "none"
 # The vision tasks whose pairs are shown, by condition.
@@ -66,44 +69,47 @@ def build_shown_configs(config: EvaluateConfig) -> dict[str, GenerateConfig]:
     return {**shown, NONE: under_none}
 
 
-def identify_in_context(
-    config: EvaluateConfig, model: ManifestRef, pairs: ManifestRef, maps: Mapping[str, ManifestRef]
-) -> StageIdentity:
-    """Return what the confusion matrix is a function of."""
-    shown = {
-        f"shown:{name}": identify_generate(shown_config, model, pairs, maps).fingerprint
-        for name, shown_config in build_shown_configs(config).items()
-    }
-    map_inputs = {f"map:{condition}": find_map(maps, condition).fingerprint for condition in SHOWN_TASKS}
-    inputs = {**shown, **map_inputs, "pairs": pairs.fingerprint}
-    return StageIdentity(stage="in_context", version=VERSION, config={"split": config.split}, inputs=inputs)
+@dataclass(frozen=True)
+class MeasureInContext(Stage[None]):
+    """The stage: which map came out under each kind of pair, counted and sealed as ``in_context.json``."""
 
+    split: Split
+    shown: dict[str, ManifestRef]
+    """What was generated under each kind of pair, and under "none": ``build_shown_configs`` says how."""
+    dataset: Dataset
 
-def run_in_context(
-    config: EvaluateConfig,
-    model: ManifestRef,
-    pairs: ManifestRef,
-    maps: Mapping[str, ManifestRef],
-    store_root: str,
-    resources: EvalResources,
-    on_progress: OnProgress | None = None,
-) -> ManifestRef:
-    """Generate under every kind of pair, say which map came out, and seal the counts as in_context.json."""
-    identity = identify_in_context(config, model, pairs, maps)
-    sealed = find_sealed(identity, store_root)
-    if sealed is not None:
-        return sealed
-    outputs = {
-        name: read_images(run_generate(shown, model, pairs, maps, store_root, resources, on_progress))
-        for name, shown in build_shown_configs(config).items()
-    }
-    n = config.num_in_context
-    truths = {condition: read_truths(pairs, maps, config.split, condition, n) for condition in SHOWN_TASKS}
-    truths[NONE] = read_truths(pairs, maps, config.split, None, n)
-    result = count_confusion(outputs, truths)
-    logger.info("in context, with no text: %.1f %% of outputs are the map that the pair shows", 100 * result.accuracy)
-    file = write_file(identity, store_root, IN_CONTEXT_FILE, json.dumps(result.model_dump(), indent=2).encode())
-    return seal_manifest(identity, store_root, [file], counts={"rows": sum(map(sum, result.confusion))})
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return "in-context test"
+
+    def identify(self) -> StageIdentity:
+        """Return what was generated, and the maps and photographs that it is compared with."""
+        shown = (StageInput.of(f"shown/{name}", ref) for name, ref in self.shown.items())
+        inputs = (*shown, *self.dataset.list_inputs(SHOWN_TASKS))
+        return StageIdentity(stage="in_context", version=VERSION, config={"split": self.split}, inputs=inputs)
+
+    def run(self, context: Context[None]) -> ManifestRef:
+        """Count, and seal the counts."""
+        outputs = {name: read_generations(ref) for name, ref in self.shown.items()}
+        sample_ids = outputs[NONE].sample_ids
+        for name, generations in outputs.items():
+            if generations.sample_ids != sample_ids:
+                raise ValueError(
+                    f"the images under {name!r} ({self.shown[name].uri}) answer other queries than those under {NONE!r}"
+                )
+        conditions: dict[str, str | None] = {condition: condition for condition in SHOWN_TASKS}
+        truths = {
+            name: read_truths(self.dataset, self.split, condition, sample_ids)
+            for name, condition in (conditions | {NONE: None}).items()
+        }
+        result = count_confusion({name: generations.images for name, generations in outputs.items()}, truths)
+        logger.info(
+            "in context, with no text: %.1f %% of outputs are the map that the pair shows", 100 * result.accuracy
+        )
+        content = json.dumps(result.model_dump(), indent=2).encode()
+        file = write_file(self.identity, context.store, IN_CONTEXT_FILE, content)
+        return seal_manifest(self.identity, context.store, [file], counts={"rows": sum(map(sum, result.confusion))})
 
 
 def read_in_context(in_context: ManifestRef) -> InContextResult:

@@ -1,47 +1,60 @@
-"""The pipeline of a sealed model, loaded once a process and used by one caller at a time."""
+"""The pipeline of a sealed model, loaded once a process and device, and used by one caller at a time."""
 
 import threading
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prompt_diffusion.evaluation.config import EvalResources
+from prompt_diffusion.device import choose_device
+from prompt_diffusion.evaluation.config import EvaluateResources
+from prompt_diffusion.model.references import PIPELINE_FOLDER
 from prompt_diffusion.store.manifest import ManifestRef, open_manifest
 
 if TYPE_CHECKING:
+    import torch
+
     from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
 
-# A pipeline's scheduler has state, and PyTorch spreads one computation over all cores: flows that evaluate in threads
-# take turns here.
-_DEVICE_LOCK = threading.RLock()
+# A pipeline's scheduler has state, and PyTorch spreads one computation over all cores: threads that evaluate on one
+# device take turns here.
+_LOCKS: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
+_MODELS_A_DEVICE = 2
+"""A joint model and the baseline it stands beside, at most about 5 GB each for SD v1.5."""
 
 
 @contextmanager
-def reserve_device(resources: EvalResources) -> Iterator[None]:
-    """Hold this process's device: heavy computations run one after another."""
-    with _DEVICE_LOCK:
+def reserve_device(resources: EvaluateResources) -> "Iterator[torch.device]":
+    """Give the device of the resources, and hold it: on one device, heavy computations run one after another."""
+    import torch
+
+    device = choose_device(resources.device)
+    with _LOCKS[str(device)]:
         if resources.num_threads is not None:
-            import torch
-
             torch.set_num_threads(resources.num_threads)
-        yield
+        yield device
 
 
 @contextmanager
-def open_pipeline(model: ManifestRef, resources: EvalResources) -> "Iterator[PromptDiffusionPipeline]":
-    """Give the pipeline of a sealed model, for the time of the block."""
-    with reserve_device(resources):
-        yield _load(model.uri, model.fingerprint, resources.cache_dir, resources.device)
+def open_pipeline(model: ManifestRef, resources: EvaluateResources) -> "Iterator[PromptDiffusionPipeline]":
+    """Give the pipeline of a sealed model on the resources' device, for the time of the block."""
+    with reserve_device(resources) as device:
+        yield _loader(str(device))(model.uri, model.fingerprint, resources.find_cache())
 
 
-# Two: a joint model and the baseline it stands beside, at most about 5 GB each for SD v1.5.
-@lru_cache(maxsize=2)
-def _load(uri: str, fingerprint: str, cache_dir: Path, device: str) -> "PromptDiffusionPipeline":
-    from prompt_diffusion.model.load import load_pipeline
+@cache
+def _loader(device: str) -> "Callable[[str, str, Path], PromptDiffusionPipeline]":
+    """Return what loads models onto a device and keeps the last ones there."""
 
-    manifest = open_manifest(uri)
-    if manifest.ref.fingerprint != fingerprint:
-        raise ValueError(f"{uri} holds the model {manifest.ref.fingerprint}, not {fingerprint}")
-    return load_pipeline(manifest.fetch_folder("pipeline", cache_dir), device=device)
+    @lru_cache(maxsize=_MODELS_A_DEVICE)
+    def load(uri: str, fingerprint: str, cache_dir: Path) -> "PromptDiffusionPipeline":
+        from prompt_diffusion.model.load import load_pipeline
+
+        manifest = open_manifest(uri)
+        if manifest.ref.fingerprint != fingerprint:
+            raise ValueError(f"{uri} holds the model {manifest.ref.fingerprint}, not {fingerprint}")
+        return load_pipeline(manifest.fetch_folder(PIPELINE_FOLDER, cache_dir), device=device)
+
+    return load

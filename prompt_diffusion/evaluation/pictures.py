@@ -4,20 +4,23 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 
-from prompt_diffusion.data.dataset import InContextData, Side
+from prompt_diffusion.data.dataset import Dataset, InContextData, Side
 from prompt_diffusion.data.transforms import encode_png
 from prompt_diffusion.evaluation.config import METHODS, Method
-from prompt_diffusion.evaluation.generate import choose_example_rows, open_data, read_images
+from prompt_diffusion.evaluation.generate import Generations, choose_example_rows, open_data, read_generations
 from prompt_diffusion.evaluation.in_context import NONE, SHOWN_TASKS, find_nearest
-from prompt_diffusion.evaluation.provenance import CellSources, open_input
+from prompt_diffusion.evaluation.provenance import CellSources
 from prompt_diffusion.evaluation.rmse import ImageArray, compute_image_errors
 from prompt_diffusion.evaluation.table import name_outcome, name_task
-from prompt_diffusion.store.manifest import Manifest, ManifestRef
+from prompt_diffusion.store.lineage import open_input
+from prompt_diffusion.store.manifest import Manifest
 from prompt_diffusion.vision_tasks import find_vision_task
+
+Name = TypeVar("Name", bound=str)
 
 NUM_COLUMNS: Final = 8
 NUM_WORST: Final = 2
@@ -56,7 +59,7 @@ def encode_data_uri(image: ImageArray) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(sink.getvalue()).decode()}"
 
 
-def build_task_grid(cells: Mapping[Method, CellSources], maps: Mapping[str, ManifestRef]) -> PictureGrid:
+def build_task_grid(cells: Mapping[Method, CellSources], dataset: Dataset) -> PictureGrid:
     """Return the pictures of one vision task, of which at least one method has a cell.
 
     Columns are the first test images, not chosen; for image to map the last two are Prompt Diffusion's worst.
@@ -64,38 +67,50 @@ def build_task_grid(cells: Mapping[Method, CellSources], maps: Mapping[str, Mani
     reference = cells.get("Prompt Diffusion") or next(iter(cells.values()))
     task = find_vision_task(reference.result.vision_task)
     config = reference.generations.identity.config
-    data = open_data(reference.pairs.ref, maps, config["split"])
-    outputs = {method: read_images(cells[method].generations.ref) for method in METHODS if method in cells}
-    truths = np.stack([data.image(row, "edited", task.target_condition) for row in range(reference.result.n)])
+    data = open_data(dataset, config["split"])
+    generations = {method: read_generations(cells[method].generations.ref) for method in METHODS if method in cells}
+    queries = data.find_rows(read_shared_ids(generations))
+    outputs = {method: answers.images for method, answers in generations.items()}
+    truths = np.stack([data.image(row, "edited", task.target_condition) for row in queries])
     errors = {method: np.sqrt(compute_image_errors(images, truths)) for method, images in outputs.items()}
     is_map = task.direction == "image_to_map"
     columns, num_worst = _choose_columns(errors[reference.result.method] if is_map else None, len(truths))
-    rows = _show_example(data, config, task.source_condition, task.target_condition, columns)
-    rows.append(PictureRow("query", [_show(data, row, "edited", task.source_condition) for row in columns]))
+    shown = [queries[column] for column in columns]
+    rows = _show_example(data, config, task.source_condition, task.target_condition, shown)
+    rows.append(PictureRow("query", [_show(data, row, "edited", task.source_condition) for row in shown]))
     for method, images in outputs.items():
         notes = [f"{errors[method][row]:.3f}" for row in columns] if is_map else []
         rows.append(PictureRow(method, [encode_data_uri(images[row]) for row in columns], notes, is_output=True))
     rows.append(PictureRow("truth", [encode_data_uri(truths[row]) for row in columns]))
     first = len(columns) - num_worst
     headings = [f"{row + 1}" if index < first else f"worst: {row + 1}" for index, row in enumerate(columns)]
-    captions = [] if is_map else [data.captions("edited")[row] for row in columns]
+    captions = [] if is_map else [data.captions("edited")[row] for row in shown]
     return PictureGrid(name_task(task.name), headings, rows, captions)
 
 
-def build_in_context_grid(in_context: Manifest, data: InContextData, store_root: str) -> PictureGrid:
+def build_in_context_grid(in_context: Manifest, dataset: Dataset) -> PictureGrid:
     """Return the same queries under each example pair and under none, with what each output was counted as."""
-    shown = {name: open_input(in_context, f"shown:{name}", "generate", store_root) for name in (*SHOWN_TASKS, NONE)}
-    num_columns = min(NUM_COLUMNS, shown[NONE].ref.rows)
-    columns = range(num_columns)
+    data = open_data(dataset, in_context.identity.config["split"])
+    shown = {name: read_generations(open_input(in_context, f"shown/{name}").ref) for name in (*SHOWN_TASKS, NONE)}
+    columns = data.find_rows(read_shared_ids(shown))[:NUM_COLUMNS]
     truths = {name: np.stack([data.image(row, "edited", name) for row in columns]) for name in SHOWN_TASKS}
     truths[NONE] = np.stack([data.image(row, "edited", None) for row in columns])
     rows = [PictureRow("query", [_show(data, row, "edited", None) for row in columns])]
-    for name, manifest in shown.items():
-        images = read_images(manifest.ref)[:num_columns]
+    for name, generations in shown.items():
+        images = generations.images[: len(columns)]
         notes = [name_outcome(list(truths)[index]) for index in find_nearest(images, truths)]
         title = "no pair" if name == NONE else f"pair shows {name_outcome(name)}"
         rows.append(PictureRow(title, [encode_data_uri(image) for image in images], notes, is_output=True))
-    return PictureGrid("same query, no text", [f"{row + 1}" for row in columns], rows)
+    return PictureGrid("same query, no text", [f"{column + 1}" for column in range(len(columns))], rows)
+
+
+def read_shared_ids(generations: Mapping[Name, Generations]) -> list[str]:
+    """Return the samples that all of these images answer, in order; ValueError where two differ."""
+    (first, reference), *others = generations.items()
+    for name, other in others:
+        if other.sample_ids != reference.sample_ids:
+            raise ValueError(f"the images of {name!r} answer other queries than those of {first!r}")
+    return reference.sample_ids
 
 
 def _choose_columns(errors: np.ndarray[tuple[int], np.dtype[np.float64]] | None, n: int) -> tuple[list[int], int]:

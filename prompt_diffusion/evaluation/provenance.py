@@ -6,10 +6,8 @@ from typing import Any
 
 from prompt_diffusion.evaluation.cells import CellResult, read_cell
 from prompt_diffusion.evaluation.features import WEIGHT_DIGESTS
+from prompt_diffusion.store.lineage import open_input
 from prompt_diffusion.store.manifest import Manifest, ManifestRef, open_manifest
-from prompt_diffusion.store.storage import join_uri
-
-_MAP_ROLE = "map:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,23 +24,19 @@ class CellSources:
     condition: str
 
 
-def open_input(manifest: Manifest, role: str, stage: str, store_root: str) -> Manifest:
-    """Open the sealed manifest that stands in that role among a manifest's inputs."""
-    return open_manifest(join_uri(store_root, stage, manifest.identity.inputs[role]))
-
-
-def trace_cell(cell: ManifestRef, store_root: str) -> CellSources:
+def trace_cell(cell: ManifestRef) -> CellSources:
     """Open all that a cell was made from; UnsealedError names what is no longer in the store."""
     manifest = open_manifest(cell.uri)
-    map_role = next(role for role in manifest.identity.inputs if role.startswith(_MAP_ROLE))
+    map_role = next(each.role for each in manifest.identity.inputs if each.stage == "annotate")
+    maps = open_input(manifest, map_role)
     return CellSources(
         result=read_cell(cell),
         cell=manifest,
-        generations=open_input(manifest, "generations", "generate", store_root),
-        model=open_input(manifest, "model", "train", store_root),
-        pairs=open_input(manifest, "pairs", "ingest", store_root),
-        maps=open_input(manifest, map_role, "annotate", store_root),
-        condition=map_role.removeprefix(_MAP_ROLE),
+        generations=open_input(manifest, "generations"),
+        model=open_input(manifest, "model"),
+        pairs=open_input(manifest, "pairs"),
+        maps=maps,
+        condition=maps.identity.config["condition"],
     )
 
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from prompt_diffusion.data.dataset import Dataset
 from prompt_diffusion.evaluation.config import Method
 from prompt_diffusion.evaluation.curves import count_samples, draw_curves, read_curve
 from prompt_diffusion.evaluation.findings import list_caveats, list_facts, list_findings
-from prompt_diffusion.evaluation.generate import open_data
 from prompt_diffusion.evaluation.in_context import NONE, SHOWN_TASKS, InContextResult
 from prompt_diffusion.evaluation.pictures import build_in_context_grid, build_task_grid
-from prompt_diffusion.evaluation.provenance import CellSources, open_input
+from prompt_diffusion.evaluation.provenance import CellSources
 from prompt_diffusion.evaluation.table import (
     BenchmarkTable,
     build_rows,
@@ -20,6 +20,7 @@ from prompt_diffusion.evaluation.table import (
     name_outcome,
     name_task,
 )
+from prompt_diffusion.store.lineage import open_input
 from prompt_diffusion.store.manifest import Manifest
 from prompt_diffusion.vision_tasks import VISION_TASKS
 
@@ -46,7 +47,7 @@ class ConfusionRow:
     """The column that a model that reads the pair would fill; None where no pair was shown."""
 
 
-def render_report(table: BenchmarkTable, sources: Sequence[CellSources], in_context: Manifest, store_root: str) -> str:
+def render_report(table: BenchmarkTable, sources: Sequence[CellSources], in_context: Manifest) -> str:
     """Return the HTML of a benchmark, self-contained: a function of the table and of the sealed manifests behind it."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -54,11 +55,9 @@ def render_report(table: BenchmarkTable, sources: Sequence[CellSources], in_cont
     by_task: dict[str, dict[Method, CellSources]] = {task: {} for task in tasks}
     for source in sources:
         by_task[source.result.vision_task][source.result.method] = source
-    maps = {
-        condition: open_input(in_context, f"map:{condition}", "annotate", store_root).ref for condition in SHOWN_TASKS
-    }
     pairs = sources[0].pairs
-    data = open_data(pairs.ref, maps, in_context.identity.config["split"])
+    maps = {condition: open_input(in_context, f"maps/{condition}").ref for condition in SHOWN_TASKS}
+    dataset = Dataset(pairs=pairs.ref, maps=maps)
     curves = {(s.result.method, s.result.vision_task): read_curve(s.model, s.result.vision_task) for s in sources}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -73,9 +72,9 @@ def render_report(table: BenchmarkTable, sources: Sequence[CellSources], in_cont
         rows=build_rows(table),
         confusion=shade_confusion(table.in_context),
         labels=[name_outcome(label) for label in table.in_context.labels],
-        in_context_grid=build_in_context_grid(in_context, data, store_root),
+        in_context_grid=build_in_context_grid(in_context, dataset),
         curves=draw_curves(curves, tasks),
-        grids=[build_task_grid(by_task[task], maps) for task in tasks],
+        grids=[build_task_grid(by_task[task], dataset) for task in tasks],
         size=grids_size(pairs),
         provenance={
             name: json.dumps(value, indent=2, ensure_ascii=False)

@@ -7,26 +7,24 @@
 """
 
 import json
-import logging
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final, Literal
 
 import numpy as np
 from pydantic import Field
 
-from prompt_diffusion.data.dataset import InContextData
+from prompt_diffusion.data.dataset import Dataset, InContextData
 from prompt_diffusion.data.records import Split
 from prompt_diffusion.evaluation.config import EvaluateConfig
-from prompt_diffusion.evaluation.generate import check_num_samples, choose_example_rows, find_map, open_data
+from prompt_diffusion.evaluation.generate import check_num_samples, choose_example_rows, open_data
 from prompt_diffusion.evaluation.rmse import ImageArray, compute_rmse
 from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.store.fingerprint import StageIdentity
-from prompt_diffusion.store.manifest import ManifestRef, find_sealed, open_manifest, seal_manifest, write_file
+from prompt_diffusion.store.manifest import ManifestRef, open_manifest, seal_manifest, write_file
+from prompt_diffusion.store.stage import Context, Stage
 from prompt_diffusion.vision_tasks import VISION_TASKS, ExamplePolicy, VisionTask
 
-logger = logging.getLogger(__name__)
-
-VERSION: Final = 1
+VERSION: Final = 2
 TRIVIAL_FILE: Final = "trivial.json"
 BaselineName = Literal["mean_map", "copy_query", "copy_example_target"]
 # A mean of ten thousand maps stands; the 280,000 of the full training split would cost an hour for no digit.
@@ -66,28 +64,32 @@ def build_trivial_config(config: EvaluateConfig) -> TrivialConfig:
     )
 
 
-def identify_trivial(config: TrivialConfig, pairs: ManifestRef, maps: Mapping[str, ManifestRef]) -> StageIdentity:
-    """Return what the trivial baselines are a function of."""
-    map_inputs = {f"map:{c}": find_map(maps, c).fingerprint for c in _list_conditions()}
-    inputs = {"pairs": pairs.fingerprint, **map_inputs}
-    return StageIdentity(stage="trivial", version=VERSION, config=config.model_dump(mode="json"), inputs=inputs)
+@dataclass(frozen=True)
+class MeasureTrivial(Stage[None]):
+    """The stage: the trivial baselines of every image-to-map vision task, sealed as ``trivial.json``."""
 
+    config: TrivialConfig
+    dataset: Dataset
 
-def run_trivial(
-    config: TrivialConfig, pairs: ManifestRef, maps: Mapping[str, ManifestRef], store_root: str
-) -> ManifestRef:
-    """Measure the trivial baselines of every image-to-map vision task and seal them as trivial.json."""
-    identity = identify_trivial(config, pairs, maps)
-    sealed = find_sealed(identity, store_root)
-    if sealed is not None:
-        return sealed
-    data = open_data(pairs, maps, config.split)
-    check_num_samples(config.num_samples, data)
-    train = open_data(pairs, maps, "train")
-    results = [result for task in _list_tasks() for result in _measure_task(config, task, data, train)]
-    content = json.dumps([result.model_dump() for result in results], indent=2)
-    file = write_file(identity, store_root, TRIVIAL_FILE, content.encode())
-    return seal_manifest(identity, store_root, [file], counts={"rows": len(results)})
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return "trivial baselines"
+
+    def identify(self) -> StageIdentity:
+        """Return queries and examples, pairs and maps."""
+        inputs = self.dataset.list_inputs(_list_conditions())
+        config = self.config.model_dump(mode="json")
+        return StageIdentity(stage="trivial", version=VERSION, config=config, inputs=inputs)
+
+    def run(self, context: Context[None]) -> ManifestRef:
+        """Measure, and seal the numbers."""
+        data, train = open_data(self.dataset, self.config.split), open_data(self.dataset, "train")
+        check_num_samples(self.config.num_samples, data)
+        results = [result for task in _list_tasks() for result in _measure_task(self.config, task, data, train)]
+        content = json.dumps([result.model_dump() for result in results], indent=2)
+        file = write_file(self.identity, context.store, TRIVIAL_FILE, content.encode())
+        return seal_manifest(self.identity, context.store, [file], counts={"rows": len(results)})
 
 
 def read_trivial(trivial: ManifestRef) -> list[TrivialResult]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prompt_diffusion.device import AUTO, choose_device
 from prompt_diffusion.registry import load
 from prompt_diffusion.registry.versions import SCHEME, find_version, say_registry
 from prompt_diffusion.settings import Settings
@@ -44,21 +45,8 @@ def identify_model(reference: str, settings: Settings) -> ModelIdentity:
     return ModelIdentity(exact, exact, version.tags.get(FINGERPRINT_TAG))
 
 
-def open_model(reference: str, settings: Settings, device: str = "auto") -> OpenModel:
+def open_model(reference: str, settings: Settings, device: str = AUTO) -> OpenModel:
     """Load a model, on a GPU where `device` is ``auto`` and there is one; ValueError as the registry's ``load`` raises it."""
-    device = settle_device(device)
+    chosen = choose_device(device)
     identity = identify_model(reference, settings)
-    return OpenModel(load(identity.place, settings, device), identity)
-
-
-def settle_device(device: str) -> str:
-    """Return the torch device that a user's word stands for; ValueError where this machine has none of that kind."""
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):  # torch's own messages name its build, not the way out
-        raise ValueError(f"device {device!r} cannot be used on this machine: use 'cpu' or 'auto'") from None
-    return device
+    return OpenModel(load(identity.place, settings, str(chosen)), identity)

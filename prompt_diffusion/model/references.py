@@ -14,6 +14,8 @@ from prompt_diffusion.model.digest import digest_parts
 
 DEMO_BASE = "demo-base"
 DEMO_BASE_FOLDER = Path(__file__).parent / "demo_base"
+PIPELINE_FOLDER = "pipeline"
+"""The folder of a sealed training, and of a registered model, that holds the pipeline."""
 BESIDE_BASE = "base"
 """The reference of the ControlNet that stands beside the base."""
 PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")

@@ -2,14 +2,15 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prompt_diffusion.data.dataset import InContextData, Side
+from prompt_diffusion.data.dataset import Dataset, InContextData, Side
 from prompt_diffusion.data.records import Split
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.model.references import DEMO_BASE_FOLDER
@@ -17,18 +18,19 @@ from prompt_diffusion.pretraining.config import PretrainConfig
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import (
     ManifestRef,
-    find_sealed,
     open_manifest,
     seal_manifest,
     write_file,
     write_folder,
 )
+from prompt_diffusion.store.records import Progress
+from prompt_diffusion.store.stage import Context, Stage
 from prompt_diffusion.store.storage import join_uri
 
 if TYPE_CHECKING:
     from prompt_diffusion.model.base import Base
 
-VERSION = 1
+VERSION = 2
 BASE_FOLDER = "base"
 _SCORED_IMAGES = 256
 _CARD = """---
@@ -53,55 +55,60 @@ The complete configuration is in `pretrain.json`.
 """
 
 
-def identify_pretrain(config: PretrainConfig, pairs: ManifestRef, maps: Mapping[str, ManifestRef]) -> StageIdentity:
-    """Return the identity of a base: its configuration, image pairs and condition maps."""
-    return StageIdentity(
-        stage="pretrain",
-        version=VERSION,
-        config=config.model_dump(mode="json"),
-        inputs={"pairs": pairs.fingerprint, **{f"maps/{name}": ref.fingerprint for name, ref in sorted(maps.items())}},
-    )
+@dataclass(frozen=True)
+class PretrainProgress(Progress):
+    """What one phase of the pre-training reported."""
+
+    phase: str
+    """``vae`` or ``unet``."""
+    event: dict[str, Any]
 
 
-def run_pretrain(
-    config: PretrainConfig,
-    pairs: ManifestRef,
-    maps: Mapping[str, ManifestRef],
-    store_root: str,
-    resources: TrainResources,
-    on_event: Callable[[str, dict[str, Any]], None] | None = None,
-) -> ManifestRef:
-    """Train the base on the train split, in this process, resuming from checkpoints; score it on validation; seal it.
+@dataclass(frozen=True)
+class Pretrain(Stage[TrainResources]):
+    """The stage: a base in ``base/`` (diffusers' layout, float16, with a model card), trained on the train split.
 
-    Seals ``base/`` (diffusers' layout, float16, with a model card). ``on_event`` hears the phase, ``vae`` or ``unet``, and
-    what ``run_loop`` reports.
+    It is trained in this process, resumes from checkpoints, and is scored on the validation split.
     """
-    identity = identify_pretrain(config, pairs, maps)
-    sealed = find_sealed(identity, store_root)
-    if sealed is not None:
-        return sealed
-    from prompt_diffusion.engine.distributed import join_world
-    from prompt_diffusion.pretraining.train import pretrain_base
 
-    by_kind, captions = read_pictures(pairs, maps, "train")
-    with join_world("cpu", resources.threads_per_process) as world:
-        base = pretrain_base(
-            config,
-            by_kind,
-            captions,
-            lambda phase: join_uri(identity.uri(store_root), "checkpoints", phase),
-            resources,
-            world,
-            lambda phase: lambda event: on_event(phase, event) if on_event else None,
-        )
-    held_out, texts = read_pictures(pairs, maps, "validation")
-    with tempfile.TemporaryDirectory() as folder:
-        write_base(
-            base, config, Path(folder), {k: v[:_SCORED_IMAGES] for k, v in held_out.items()}, texts, len(captions) // 2
-        )
-        files = write_folder(identity, store_root, BASE_FOLDER, Path(folder))
-    files.append(write_file(identity, store_root, "config.json", config.model_dump_json(indent=2).encode()))
-    return seal_manifest(identity, store_root, files, counts={"scenes": len(captions) // 2})
+    config: PretrainConfig
+    dataset: Dataset
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return "pretrain base"
+
+    def identify(self) -> StageIdentity:
+        """Return architecture and recipe, image pairs and every condition map."""
+        inputs = self.dataset.list_inputs(sorted(self.dataset.maps))
+        config = self.config.model_dump(mode="json")
+        return StageIdentity(stage="pretrain", version=VERSION, config=config, inputs=inputs)
+
+    def run(self, context: Context[TrainResources]) -> ManifestRef:
+        """Train, score, and seal."""
+        from prompt_diffusion.engine.distributed import join_world
+        from prompt_diffusion.pretraining.train import pretrain_base
+
+        identity, store, config = self.identity, context.store, self.config
+        by_kind, captions = read_pictures(self.dataset, "train")
+        with join_world("cpu", context.resources.threads_per_process) as world:
+            base = pretrain_base(
+                config,
+                by_kind,
+                captions,
+                lambda phase: join_uri(identity.uri(store), "checkpoints", phase),
+                context.resources,
+                world,
+                lambda phase: lambda event: context.report(PretrainProgress(phase, event)),
+            )
+        held_out, texts = read_pictures(self.dataset, "validation")
+        scored = {kind: images[:_SCORED_IMAGES] for kind, images in held_out.items()}
+        with tempfile.TemporaryDirectory() as folder:
+            write_base(base, config, Path(folder), scored, texts, len(captions) // 2)
+            files = write_folder(identity, store, BASE_FOLDER, Path(folder))
+        files.append(write_file(identity, store, "config.json", config.model_dump_json(indent=2).encode()))
+        return seal_manifest(identity, store, files, counts={"scenes": len(captions) // 2})
 
 
 def write_base(
@@ -137,11 +144,10 @@ def write_base(
     (folder / "pretrain.json").write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
 
 
-def read_pictures(
-    pairs: ManifestRef, maps: Mapping[str, ManifestRef], split: Split
-) -> tuple[dict[str, NDArray[np.uint8]], list[str]]:
+def read_pictures(dataset: Dataset, split: Split) -> tuple[dict[str, NDArray[np.uint8]], list[str]]:
     """Return every picture of a split by kind (N, H, W, 3: each pair's input, then its edited twin) and the captions."""
-    data = InContextData(open_manifest(pairs.uri), {name: open_manifest(ref.uri) for name, ref in maps.items()}, split)
+    maps = {name: open_manifest(ref.uri) for name, ref in dataset.maps.items()}
+    data = InContextData(open_manifest(dataset.pairs.uri), maps, split)
     sides: tuple[Side, Side] = ("input", "edited")
     order = [(row, side) for row in range(data.num_rows) for side in sides]
     kinds: dict[str, str | None] = {"image": None, **{name: name for name in maps}}

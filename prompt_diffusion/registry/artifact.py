@@ -10,9 +10,9 @@ import shutil
 from importlib.metadata import version as find_package_version
 from pathlib import Path
 
+from prompt_diffusion.model.references import PIPELINE_FOLDER
 from prompt_diffusion.registry.cache import DIGESTS_FILE
 from prompt_diffusion.registry.facts import ModelFacts
-from prompt_diffusion.training.stage import PIPELINE_FOLDER
 
 FACTS_FILE = "facts.json"
 _CODE_FILE = "model_code.py"

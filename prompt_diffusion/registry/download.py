@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from prompt_diffusion.device import choose_device
 from prompt_diffusion.model.mirror import find_model
-from prompt_diffusion.model.references import HUB_NAME, fetch_repository, is_hub_reference
+from prompt_diffusion.model.references import HUB_NAME, PIPELINE_FOLDER, fetch_repository, is_hub_reference
 from prompt_diffusion.registry.cache import MODELS, complete_copy, link_or_copy
 from prompt_diffusion.registry.versions import DIGEST_TAG, SCHEME, TITLE_TAG, find_version, say_registry
 from prompt_diffusion.settings import Settings, load_settings
-from prompt_diffusion.training.stage import PIPELINE_FOLDER
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ def load(
         reference: ``models:/name@alias``, ``models:/name/3``, ``models:/name`` (its champion, or its challenger as long as
             there is no champion), a folder in diffusers' layout, or a hub's repository (``name`` or ``name@revision``).
         settings: Where the registry and the cache are; None reads the environment.
-        device: A torch device.
+        device: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` takes a GPU where there is one.
         dtype: What to compute in; None is float32.
 
     Raises:
@@ -42,7 +42,7 @@ def load(
 
     from prompt_diffusion.model.load import load_pipeline
 
-    return load_pipeline(folder, device, dtype or torch.float32)
+    return load_pipeline(folder, str(choose_device(device)), dtype or torch.float32)
 
 
 def fetch(reference: str, settings: Settings) -> Path:

@@ -13,13 +13,13 @@ from prompt_diffusion.model.mirror import MIRROR
 from prompt_diffusion.model.references import BASE_LICENCES, DEMO_BASE, HUB_NAME, is_hub_reference
 from prompt_diffusion.registry.cache import MODELS
 from prompt_diffusion.registry.facts import UNKNOWN, ModelFacts
-from prompt_diffusion.store.manifest import Manifest, UnsealedError, open_manifest
-from prompt_diffusion.store.storage import join_uri
+from prompt_diffusion.store.lineage import list_inputs
+from prompt_diffusion.store.manifest import Manifest
 
 REGISTERED_BASE = "a registered model, digest "
 CODE_LICENCE = "Apache-2.0"
-# Input roles of a training whose manifests say something of the data, and the stage that sealed them.
-_STAGES = {"pairs": "ingest", "maps": "annotate"}
+# Stages whose manifests say something of a training's data.
+_PAIRS, _MAPS = "ingest", "annotate"
 _SOURCE_LIMITS = {
     "scenes": "Trained on drawn scenes of coloured primitives: of no use for photographs.",
     "photos": "Trained on crops of nine photographs: it knows little else.",
@@ -31,8 +31,9 @@ def collect_facts(model: Manifest) -> ModelFacts:
     config = json.loads(model.read_file("config.json"))  # as it was sealed, whatever fields there are today
     base = name_base(config["base"])
     data = dict(_open_data(model))
-    kinds = {role: manifest.identity.config["source"]["kind"] for role, manifest in data.items() if _is_pairs(role)}
-    sizes = {manifest.identity.config["image_size"] for role, manifest in data.items() if _is_pairs(role)}
+    pairs = {role: manifest.identity.config for role, manifest in data.items() if manifest.ref.stage == _PAIRS}
+    kinds = {role: config["source"]["kind"] for role, config in pairs.items()}
+    sizes = {config["image_size"] for config in pairs.values()}
     limits = [_SOURCE_LIMITS[kind] for kind in dict.fromkeys(kinds.values()) if kind in _SOURCE_LIMITS]
     limits += [f"Trained at {size} x {size} pixels; nothing is known of other sizes." for size in sorted(sizes)]
     return ModelFacts(
@@ -42,7 +43,7 @@ def collect_facts(model: Manifest) -> ModelFacts:
         vision_tasks=tuple(config["vision_tasks"]),
         licences={"code": CODE_LICENCE, "base": BASE_LICENCES.get(base, UNKNOWN), **_find_licences(model, data, kinds)},
         configuration=model.identity.config,
-        datasets=model.identity.inputs,
+        datasets=model.identity.digests,
         dataset_notes={"base": base} | {role: _describe(manifest) for role, manifest in data.items()},
         limits=tuple(limits),
     )
@@ -69,35 +70,19 @@ def _title(config: Mapping[str, Any]) -> str:
 
 def _open_data(model: Manifest) -> Iterator[tuple[str, Manifest]]:
     """Yield the sealed image pairs and condition maps that a training read, by role, as far as its store has them."""
-    root = model.ref.uri.removesuffix(f"/{model.ref.stage}/{model.ref.fingerprint}")
-    for role, fingerprint in model.identity.inputs.items():
-        stage = _STAGES.get(_kind(role))
-        if stage is None:
-            continue
-        try:
-            yield role, open_manifest(join_uri(root, stage, fingerprint))
-        except (UnsealedError, ValueError):  # a store that the data was not copied to, or another project's stage
-            continue
-
-
-def _kind(role: str) -> str:
-    """Return pairs, maps, latents or text: a further dataset's roles begin with its number."""
-    parts = role.split("/")
-    return parts[1] if parts[0].startswith("dataset-") else parts[0]
-
-
-def _is_pairs(role: str) -> bool:
-    return _kind(role) == "pairs"
+    for ancestor in list_inputs(model):
+        if ancestor.manifest is not None and ancestor.input.stage in (_PAIRS, _MAPS):
+            yield ancestor.input.role, ancestor.manifest
 
 
 def _find_licences(model: Manifest, data: dict[str, Manifest], kinds: dict[str, str]) -> dict[str, str]:
     """Return the licences of the images and of the annotators' weights; one that cannot be found is unknown."""
     found: dict[str, str] = {}
-    for role in model.identity.inputs:
-        if _is_pairs(role):
-            name = role.replace("pairs", "dataset") if role == "pairs" else role.removesuffix("/pairs")
+    for role, stage in ((each.role, each.stage) for each in model.identity.inputs):
+        if stage == _PAIRS:
+            name = "dataset" if role == "pairs" else role.removesuffix("/pairs")
             found[name] = SOURCE_LICENCES[kinds[role]] if role in kinds else UNKNOWN
-        elif _kind(role) == "maps":
+        elif stage == _MAPS:
             annotator = data[role].identity.config["annotator"] if role in data else None
             if annotator == EXACT:
                 continue

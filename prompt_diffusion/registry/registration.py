@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prompt_diffusion.model.digest import digest_file
+from prompt_diffusion.model.references import PIPELINE_FOLDER
 from prompt_diffusion.registry.artifact import FACTS_FILE, name_artifact, write_artifact
 from prompt_diffusion.registry.cache import CARD_FILE, MODELS, digest_listing, hold, is_read, link_or_copy
 from prompt_diffusion.registry.card import render_card, render_description
@@ -30,7 +31,6 @@ from prompt_diffusion.store.manifest import Manifest, ManifestRef, open_manifest
 from prompt_diffusion.store.storage import local_path
 from prompt_diffusion.tracking.client import FINGERPRINT_TAG, connect, find_or_create_run, knock
 from prompt_diffusion.tracking.delivery import deliver_outboxes
-from prompt_diffusion.training.stage import PIPELINE_FOLDER
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

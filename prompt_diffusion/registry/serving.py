@@ -66,13 +66,12 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
     def load_context(self, context: Any) -> None:  # noqa: ANN401 - MLflow's own class
         """Load the pipeline beside the code, its files checked; on a GPU where there is one."""
-        import torch
-
+        from prompt_diffusion.device import AUTO, choose_device
         from prompt_diffusion.model.load import load_pipeline
 
         folder = Path(context.artifacts["pipeline"])
         check_folder(folder, (context.model_config or {}).get(DIGEST_KEY))
-        self._pipeline = load_pipeline(folder, "cuda" if torch.cuda.is_available() else "cpu")
+        self._pipeline = load_pipeline(folder, str(choose_device(AUTO)))
         self._lock = threading.Lock()  # requests come in threads, a pipeline's scheduler has one state
 
     def predict(

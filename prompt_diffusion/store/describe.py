@@ -8,6 +8,8 @@ import pyarrow.parquet as pq
 
 from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.store.contact_sheet import Cells, draw_contact_sheet
+from prompt_diffusion.store.fingerprint import StageInput
+from prompt_diffusion.store.lineage import Ancestor, walk_lineage
 from prompt_diffusion.store.manifest import Manifest, Reject, StoredFile, open_manifest
 
 _NUM_EXAMPLES = 5
@@ -37,8 +39,10 @@ class ManifestDescription(FrozenModel):
     """The digest of stage, version, configuration and inputs."""
     config: dict[str, Any]
     """The scientific configuration."""
-    inputs: dict[str, str]
-    """Fingerprint or digest of each input."""
+    inputs: tuple[StageInput, ...]
+    """Each input's role, the stage that sealed it, and its fingerprint or digest."""
+    lineage: tuple[str, ...]
+    """Everything that it was made from, through all stages, a line each: the roles that lead to it, and what it is."""
     counts: dict[str, int]
     """Rows, rejects and what else the stage counted."""
     rejects: RejectSummary
@@ -62,6 +66,7 @@ def describe_manifest(uri: str) -> ManifestDescription:
         fingerprint=manifest.ref.fingerprint,
         config=manifest.identity.config,
         inputs=manifest.identity.inputs,
+        lineage=tuple(_describe_ancestor(ancestor) for ancestor in walk_lineage(manifest)),
         counts=manifest.counts,
         rejects=RejectSummary(
             count=len(manifest.rejects), reasons=dict(reasons.most_common()), examples=manifest.rejects[:_NUM_EXAMPLES]
@@ -70,6 +75,15 @@ def describe_manifest(uri: str) -> ManifestDescription:
         files=manifest.files,
         versions=manifest.versions,
     )
+
+
+def _describe_ancestor(ancestor: Ancestor) -> str:
+    """Return one line: the way to it, its stage and fingerprint, and how many rows it has."""
+    stage, fingerprint, manifest = ancestor.input.stage, ancestor.input.fingerprint, ancestor.manifest
+    what = fingerprint if stage is None else f"{stage}/{fingerprint}"
+    rows = f", {manifest.ref.rows:,} rows" if manifest is not None else ""
+    gone = " (not in this store)" if stage is not None and manifest is None else ""
+    return f"{' < '.join(ancestor.path)}: {what}{rows}{gone}"
 
 
 def render_contact_sheet(uri: str, max_rows: int = 8) -> bytes:

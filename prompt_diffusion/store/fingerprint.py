@@ -2,13 +2,20 @@
 
 import hashlib
 import json
-from typing import Annotated, Any
+from itertools import pairwise
+from typing import Annotated, Any, Self
 
-from pydantic import Field, JsonValue, StringConstraints, field_validator
+from pydantic import Field, JsonValue, StringConstraints, field_validator, model_validator
 
 from prompt_diffusion.frozen import FrozenModel
+from prompt_diffusion.store.records import ManifestRef
 from prompt_diffusion.store.storage import join_uri
 
+IDENTITY_VERSION = 2
+"""Bumped when the form of all identities changes, and every fingerprint with it.
+
+2: an input says which stage made it, and roles have one spelling. 1 held a dictionary from role to digest.
+"""
 _FINGERPRINT_DIGITS = 32
 
 
@@ -28,6 +35,22 @@ def compute_digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+class StageInput(FrozenModel):
+    """One thing that a stage reads: what it is to the stage, who made it, and its content."""
+
+    role: str
+    """What it is to the stage: ``pairs``, ``maps/depth``, ``dataset-2/latents/image``."""
+    stage: str | None = None
+    """The stage that sealed it; None for what no stage made, such as a source's files or a base's weights."""
+    fingerprint: str
+    """The fingerprint of a sealed input, the digest of any other."""
+
+    @classmethod
+    def of(cls, role: str, ref: ManifestRef) -> Self:
+        """Return a sealed manifest in a role."""
+        return cls(role=role, stage=ref.stage, fingerprint=ref.fingerprint)
+
+
 class StageIdentity(FrozenModel):
     """All that determines a stage's output, and nothing else: no path, host, time or number of workers."""
 
@@ -37,8 +60,8 @@ class StageIdentity(FrozenModel):
     """Bumped by hand when the stage's code changes what comes out."""
     config: dict[str, Any]
     """The scientific fields of the stage's configuration, as JSON values."""
-    inputs: dict[str, str]
-    """Fingerprint or digest of each input, by its role."""
+    inputs: tuple[StageInput, ...]
+    """What the stage reads, by role, in the order of the roles' names."""
 
     @field_validator("config")
     @classmethod
@@ -47,10 +70,42 @@ class StageIdentity(FrozenModel):
         normalised: dict[str, Any] = json.loads(write_canonical_json(config))
         return normalised
 
+    @field_validator("inputs", mode="before")
+    @classmethod
+    def _refuse_version_1(cls, inputs: object) -> object:
+        if isinstance(inputs, dict):
+            raise ValueError(
+                "it was sealed by an earlier version of this project, whose fingerprints are others: make it again, or read "
+                "it with that version"
+            )
+        return inputs
+
+    @field_validator("inputs")
+    @classmethod
+    def _sort(cls, inputs: tuple[StageInput, ...]) -> tuple[StageInput, ...]:
+        return tuple(sorted(inputs, key=lambda each: each.role))
+
+    @model_validator(mode="after")
+    def _check_roles(self) -> Self:
+        roles = [each.role for each in self.inputs]
+        for role, following in pairwise(roles):
+            if role == following:
+                raise ValueError(f"stage {self.stage} has two inputs in the role {role!r}")
+        return self
+
     @property
     def fingerprint(self) -> str:
         """The digest that names this output."""
-        return compute_fingerprint(self.model_dump(mode="json"))
+        return compute_fingerprint({"identity": IDENTITY_VERSION, **self.model_dump(mode="json")})
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The fingerprint or digest of each input by its role, to be shown."""
+        return {each.role: each.fingerprint for each in self.inputs}
+
+    def find_input(self, role: str) -> StageInput | None:
+        """Return the input in a role, None where the stage has none in it."""
+        return next((each for each in self.inputs if each.role == role), None)
 
     def uri(self, store_root: str) -> str:
         """Return the folder of this output: `{store}/{stage}/{fingerprint}`."""

@@ -66,6 +66,11 @@ class Manifest:
     rejects: tuple[Reject, ...]
     versions: dict[str, str]
 
+    @property
+    def store_root(self) -> str:
+        """The store that it lies in."""
+        return self.ref.uri.removesuffix(f"/{self.ref.stage}/{self.ref.fingerprint}")
+
     @cached_property
     def shards(self) -> tuple[StoredFile, ...]:
         """The files named `shard-*.parquet`, in order."""

@@ -61,8 +61,14 @@ class MadeShard(FrozenModel):
     """What was left out of it."""
 
 
+class Progress:
+    """What a stage tells while it runs; each kind of stage has its own kinds of progress."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
-class ShardProgress:
+class ShardProgress(Progress):
     """Where a sharded stage stands."""
 
     num_done: int

@@ -11,13 +11,15 @@ import pyarrow.parquet as pq
 from prompt_diffusion.store.codec import METADATA_KEY
 from prompt_diffusion.store.concurrency import map_ahead
 from prompt_diffusion.store.fingerprint import StageIdentity, write_canonical_json
-from prompt_diffusion.store.manifest import describe_file, find_sealed, seal_manifest
+from prompt_diffusion.store.manifest import describe_file, seal_manifest
 from prompt_diffusion.store.records import MadeShard, ManifestRef, OnProgress, Reject, ShardProgress
 from prompt_diffusion.store.storage import create_bytes, join_uri, read_bytes, write_bytes
 
 logger = logging.getLogger(__name__)
 
 ShardRows = tuple[pa.Table, list[Reject]]
+MakeShard = Callable[[int], ShardRows]
+"""Makes one shard: its rows, and the samples that it leaves out."""
 
 _ROW_GROUP_ROWS = 64  # small, so that reading one row at random costs little
 _WRITER = f"parquet-cpp-arrow version {pa.cpp_version}"
@@ -27,22 +29,19 @@ def run_sharded_stage(
     identity: StageIdentity,
     store_root: str,
     num_shards: int,
-    make_shard: Callable[[int], ShardRows],
+    make_shard: MakeShard,
     *,
     made: Iterable[MadeShard] = (),
     num_at_once: int = 1,
     reject_budget: float = 0.01,
     on_progress: OnProgress | None = None,
 ) -> ManifestRef:
-    """Make the shards of a stage that are missing, seal, and return the reference; at once if it is sealed already.
+    """Make the shards of a stage that are missing, seal, and return the reference.
 
     `make_shard(index)` must depend on the identity and the index alone; `num_at_once` threads call it. `made` are
     shards that `make_shards` reported elsewhere: they are not read again, only their sizes are checked before sealing.
     ValueError, before sealing, if more than `reject_budget` of all samples were rejected.
     """
-    sealed = find_sealed(identity, store_root)
-    if sealed is not None:
-        return sealed
     if num_shards < 1:
         raise ValueError(f"stage {identity.stage} has {num_shards} shards to make: there is nothing to do")
     known = {shard.index: shard for shard in made}
@@ -62,7 +61,7 @@ def make_shards(
     identity: StageIdentity,
     store_root: str,
     num_shards: int,
-    make_shard: Callable[[int], ShardRows],
+    make_shard: MakeShard,
     indices: Sequence[int],
     *,
     num_at_once: int = 1,
@@ -91,6 +90,11 @@ def make_shards(
     return shards
 
 
+def refuse_to_make(index: int) -> ShardRows:
+    """Stand for the maker of a stage whose shards were all reported as made."""
+    raise AssertionError(f"shard {index} was reported as made")
+
+
 def name_shard(index: int) -> str:
     """Return the file name of a shard."""
     return f"shard-{index:05d}.parquet"
@@ -112,7 +116,7 @@ def encode_shard(table: pa.Table) -> bytes:
 
 
 def _find_or_make_shard(
-    identity: StageIdentity, store_root: str, index: int, num_shards: int, make_shard: Callable[[int], ShardRows]
+    identity: StageIdentity, store_root: str, index: int, num_shards: int, make_shard: MakeShard
 ) -> MadeShard:
     """Return the shard that an earlier run left, or make it."""
     name = name_shard(index)

@@ -52,8 +52,8 @@ class RunTracker:
         check_tracking_uri(settings.tracking_uri)
         self.outbox = Outbox(find_folder(settings), identity.fingerprint)
         self.outbox.open()
-        params = flatten(identity.config) | flatten({"input": identity.inputs})
-        datasets = {role: fingerprint for role, fingerprint in identity.inputs.items() if role != "base"}  # weights
+        params = flatten(identity.config) | flatten({"input": identity.digests})
+        datasets = {role: digest for role, digest in identity.digests.items() if role != "base"}  # weights
         self.outbox.write({"run": name, "params": params, "datasets": datasets, "time": _now()})
         self._facts: dict[str, str] = {}
         self.set_tags({FINGERPRINT_TAG: identity.fingerprint, **collect_tags(), **(tags or {})})

@@ -4,30 +4,32 @@ There is no augmentation, so sampling from the stored mean and standard deviatio
 a caption's embedding is the same whenever it is computed.
 """
 
-from collections.abc import Callable, Sequence
-from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field
 
 from prompt_diffusion.data.dataset import number_captions
 from prompt_diffusion.data.records import arrays_table
 from prompt_diffusion.data.transforms import Pixels, decode_image, to_model_range
+from prompt_diffusion.device import DeviceResources, choose_device
 from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.model.references import base_digest
-from prompt_diffusion.store.fingerprint import StageIdentity
-from prompt_diffusion.store.manifest import ManifestRef, Reject, open_manifest
-from prompt_diffusion.store.records import OnProgress
-from prompt_diffusion.store.sharded import run_sharded_stage
+from prompt_diffusion.store.fingerprint import StageIdentity, StageInput
+from prompt_diffusion.store.manifest import Manifest, ManifestRef, open_manifest
+from prompt_diffusion.store.sharded import MakeShard, ShardRows
+from prompt_diffusion.store.stage import Context, ShardedStage
 
 if TYPE_CHECKING:
     from prompt_diffusion.model.base import Base
 
-VERSION = 2
-TEXT_VERSION = 1
+VERSION = 3
+TEXT_VERSION = 2
 _COLUMNS = {"ingest": "edited_image", "annotate": "edited_map"}
 
 Floats = NDArray[np.float32]
@@ -40,95 +42,112 @@ class EncodeConfig(FrozenModel):
     """The base model whose VAE and text encoder are used: ``demo-base``, a folder, or a hub repository."""
 
 
-class EncodeResources(FrozenModel):
+class EncodeResources(DeviceResources):
     """Where the encoders run: never part of the fingerprint."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto takes a GPU where there is one."""
     batch_size: int = Field(default=32, ge=1)
     """Images or texts at once."""
 
 
-_DEFAULT_RESOURCES = EncodeResources()
+@dataclass(frozen=True)
+class Encode(ShardedStage[EncodeResources]):
+    """The stage: latents of the edited side of one manifest, the photographs' (``ingest``) or one condition's (``annotate``).
+
+    Its shards hold ``sample_id``, ``edited_mean`` and ``edited_std`` (latents already scaled), aligned with the images'.
+    """
+
+    config: EncodeConfig
+    images: ManifestRef
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The images."""
+        return open_manifest(self.images.uri)
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return f"encode {self.manifest.identity.config.get('condition', 'image')}"
+
+    def identify(self) -> StageIdentity:
+        """Return the autoencoder's weights and the images."""
+        if self.images.stage not in _COLUMNS:
+            raise ValueError(f"stage encode reads manifests of {', '.join(_COLUMNS)}, not of {self.images.stage!r}")
+        weights = StageInput(role="base", fingerprint=base_digest(self.config.base, ("vae",)))
+        return StageIdentity(
+            stage="encode", version=VERSION, config={}, inputs=(weights, StageInput.of("images", self.images))
+        )
+
+    def count_shards(self) -> int:
+        """Return the images' own number of shards."""
+        return len(self.manifest.shards)
+
+    @contextmanager
+    def open_maker(self, context: Context[EncodeResources]) -> Iterator[MakeShard]:
+        """Give what encodes a shard's images."""
+        manifest, column = self.manifest, _COLUMNS[self.images.stage]
+        base = _load_when_needed(self.config, context.resources)
+
+        def make_shard(index: int) -> ShardRows:
+            table = manifest.read_shard(manifest.shards[index], ["sample_id", column])
+            pixels = np.stack([decode_image(cell["bytes"]) for cell in table[column].to_pylist()])
+            mean, std = encode_posterior(base().vae, pixels, context.resources.batch_size)
+            ids = table["sample_id"].to_pylist()
+            return arrays_table({"sample_id": ids}, {"edited_mean": mean, "edited_std": std}), []
+
+        yield make_shard
 
 
-def identify_encode(config: EncodeConfig, images: ManifestRef) -> StageIdentity:
-    """Return the identity of the latents of one manifest: the photographs' (``ingest``) or one condition's (``annotate``)."""
-    if images.stage not in _COLUMNS:
-        raise ValueError(f"stage encode reads manifests of {', '.join(_COLUMNS)}, not of {images.stage!r}")
-    return StageIdentity(
-        stage="encode",
-        version=VERSION,
-        config={},
-        inputs={"base": base_digest(config.base, ("vae",)), "images": images.fingerprint},
-    )
+@dataclass(frozen=True)
+class EncodeText(ShardedStage[EncodeResources]):
+    """The stage: ``caption`` and ``embedding`` (L, C) of the edited captions, the distinct ones of each shard of the pairs."""
 
+    config: EncodeConfig
+    pairs: ManifestRef
 
-def run_encode(
-    config: EncodeConfig,
-    images: ManifestRef,
-    store_root: str,
-    resources: EncodeResources = _DEFAULT_RESOURCES,
-    on_progress: OnProgress | None = None,
-) -> ManifestRef:
-    """Seal ``sample_id``, ``edited_mean`` and ``edited_std`` (latents already scaled), shards aligned with the images'."""
-    manifest, column = open_manifest(images.uri), _COLUMNS[images.stage]
-    base = _load_when_needed(config, resources)
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The image pairs."""
+        return open_manifest(self.pairs.uri)
 
-    def make_shard(index: int) -> tuple[pa.Table, list[Reject]]:
-        table = manifest.read_shard(manifest.shards[index], ["sample_id", column])
-        pixels = np.stack([decode_image(cell["bytes"]) for cell in table[column].to_pylist()])
-        mean, std = encode_posterior(base().vae, pixels, resources.batch_size)
-        ids = table["sample_id"].to_pylist()
-        return arrays_table({"sample_id": ids}, {"edited_mean": mean, "edited_std": std}), []
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return "encode text"
 
-    return run_sharded_stage(
-        identify_encode(config, images), store_root, len(manifest.shards), make_shard, on_progress=on_progress
-    )
+    def identify(self) -> StageIdentity:
+        """Return the text encoder's weights and the pairs."""
+        weights = StageInput(role="base", fingerprint=base_digest(self.config.base, ("text_encoder", "tokenizer")))
+        return StageIdentity(
+            stage="encode-text", version=TEXT_VERSION, config={}, inputs=(weights, StageInput.of("pairs", self.pairs))
+        )
 
+    def count_shards(self) -> int:
+        """Return the pairs' own number of shards."""
+        return len(self.manifest.shards)
 
-def identify_encode_text(config: EncodeConfig, pairs: ManifestRef) -> StageIdentity:
-    """Return the identity of the text embeddings of the pairs' captions."""
-    return StageIdentity(
-        stage="encode-text",
-        version=TEXT_VERSION,
-        config={},
-        inputs={"base": base_digest(config.base, ("text_encoder", "tokenizer")), "pairs": pairs.fingerprint},
-    )
+    @contextmanager
+    def open_maker(self, context: Context[EncodeResources]) -> Iterator[MakeShard]:
+        """Give what embeds a shard's captions."""
+        manifest, base = self.manifest, _load_when_needed(self.config, context.resources)
 
+        def make_shard(index: int) -> ShardRows:
+            table = manifest.read_shard(manifest.shards[index], ["edited_prompt"])
+            captions = list(number_captions(table["edited_prompt"].to_pylist()))
+            embeddings = embed_texts(base(), captions, context.resources.batch_size)
+            return arrays_table({"caption": captions}, {"embedding": embeddings}), []
 
-def run_encode_text(
-    config: EncodeConfig,
-    pairs: ManifestRef,
-    store_root: str,
-    resources: EncodeResources = _DEFAULT_RESOURCES,
-    on_progress: OnProgress | None = None,
-) -> ManifestRef:
-    """Seal ``caption`` and ``embedding`` (L, C) of the edited captions: a shard each of the pairs', of its distinct ones."""
-    manifest = open_manifest(pairs.uri)
-    base = _load_when_needed(config, resources)
-
-    def make_shard(index: int) -> tuple[pa.Table, list[Reject]]:
-        table = manifest.read_shard(manifest.shards[index], ["edited_prompt"])
-        captions = list(number_captions(table["edited_prompt"].to_pylist()))
-        return arrays_table(
-            {"caption": captions}, {"embedding": encode_texts(base(), captions, resources.batch_size)}
-        ), []
-
-    return run_sharded_stage(
-        identify_encode_text(config, pairs), store_root, len(manifest.shards), make_shard, on_progress=on_progress
-    )
+        yield make_shard
 
 
 def _load_when_needed(config: EncodeConfig, resources: EncodeResources) -> "Callable[[], Base]":
-    """Return the base, loaded for the first missing shard: a rerun of a sealed stage loads no weights."""
+    """Return the base, loaded for the first missing shard: where every shard was left by an earlier run, no weights are."""
 
     @cache
     def load() -> "Base":
-        from prompt_diffusion.engine.distributed import choose_device
         from prompt_diffusion.model.base import load_base
 
-        base, device = load_base(config.base), choose_device(resources.device)
+        device, base = choose_device(resources.device), load_base(config.base)
         for part in (base.vae, base.text_encoder):
             part.to(device)
         return base
@@ -149,7 +168,7 @@ def encode_posterior(vae: Any, images: Pixels, batch_size: int = 32) -> tuple[Fl
     return np.concatenate(means), np.concatenate(stds)
 
 
-def encode_texts(base: "Base", texts: Sequence[str], batch_size: int = 32) -> Floats:
+def embed_texts(base: "Base", texts: Sequence[str], batch_size: int = 32) -> Floats:
     """Return text embeddings, float32 N, L, C."""
     parts = [
         base.encode_text(texts[start : start + batch_size]).cpu().numpy() for start in range(0, len(texts), batch_size)

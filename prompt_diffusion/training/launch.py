@@ -8,23 +8,14 @@ that the command, which is logged, can be run by hand, on any machine that reach
 import json
 import logging
 import os
-import shlex
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 from prompt_diffusion.engine.config import TrainResources
-from prompt_diffusion.frozen import FrozenModel
-from prompt_diffusion.store.fingerprint import compute_digest
-from prompt_diffusion.store.manifest import ManifestRef, find_sealed
-from prompt_diffusion.store.storage import join_uri, local_path, write_bytes
-from prompt_diffusion.training.config import TrainConfig
-from prompt_diffusion.training.preflight import check_training
-from prompt_diffusion.training.stage import TrainInputs, identify_train
 
 logger = logging.getLogger(__name__)
 
@@ -36,16 +27,8 @@ LAUNCHER_VARIABLE = "PROMPT_DIFFUSION_LAUNCHER_PID"
 """Names the process that a training ends with; run by hand, a training has none."""
 _GRACE_SECONDS = SAVING_SECONDS + 30.0
 
-OnEvent = Callable[[dict[str, Any]], None]
-
-
-class TrainSpec(FrozenModel):
-    """All that a training process is told, as one JSON file."""
-
-    config: TrainConfig
-    inputs: TrainInputs
-    store_root: str
-    resources: TrainResources
+Event = dict[str, Any]
+OnEvent = Callable[[Event], None]
 
 
 class TrainingStoppedError(RuntimeError):
@@ -54,52 +37,6 @@ class TrainingStoppedError(RuntimeError):
 
 class TimeLimitError(TrainingStoppedError):
     """The training was stopped by ``resources.time_limit_seconds``: to go on at once would defeat the limit."""
-
-
-def launch_training(
-    config: TrainConfig,
-    inputs: TrainInputs,
-    store_root: str,
-    resources: TrainResources,
-    on_event: OnEvent | None = None,
-) -> ManifestRef:
-    """Run stage ``train`` in other processes and return its sealed reference; at once if it is sealed already.
-
-    ``on_event`` hears the command, the hardware and what ``run_loop`` reports. ValueError, in one sentence, for a user's
-    mistake, here or in the training. ``TrainingStoppedError`` says that the run stopped and can go on. The processes never
-    outlive this one by more than the time of one step and a checkpoint.
-    """
-    sealed = find_sealed(identify_train(config, inputs), store_root)
-    if sealed is not None:
-        return sealed
-    check_training(config, inputs, resources)
-    if resources.engine == "ray" and find_spec("ray") is None:
-        raise ValueError(
-            "the engine 'ray' needs the extra 'ray', which is not installed here: install prompt-diffusion[ray]"
-        )
-    command = build_command(write_spec(config, inputs, store_root, resources), resources)
-    logger.info("training: %s", shlex.join(command))
-    if on_event is not None:
-        on_event({"command": shlex.join(command)})
-    final = _run(command, resources, on_event)
-    if "sealed" not in final:
-        raise TrainingStoppedError("the training was stopped: run the same command to go on from its last checkpoint")
-    return ManifestRef.model_validate(final["sealed"])
-
-
-def write_spec(config: TrainConfig, inputs: TrainInputs, store_root: str, resources: TrainResources) -> str:
-    """Write what a training process is told into the stage's folder, under a name of its content; return its URI."""
-    folder = local_path(store_root)
-    spec = TrainSpec(
-        config=config,
-        inputs=inputs.narrow(config.vision_tasks),
-        store_root=store_root if folder is None else str(folder.resolve()),
-        resources=resources,
-    )
-    content = spec.model_dump_json(indent=2).encode()
-    uri = join_uri(identify_train(config, inputs).uri(spec.store_root), f"run-{compute_digest(content)[:8]}.json")
-    write_bytes(uri, content)
-    return uri
 
 
 def build_command(spec_uri: str, resources: TrainResources) -> list[str]:
@@ -117,7 +54,7 @@ def build_command(spec_uri: str, resources: TrainResources) -> list[str]:
     return [*own_store, sys.executable, *torchrun, *patience, *target]
 
 
-def _run(command: list[str], resources: TrainResources, on_event: OnEvent | None) -> dict[str, Any]:
+def run_command(command: list[str], resources: TrainResources, on_event: OnEvent) -> Event:
     """Run the command, pass its events on, and return the last one; an interrupt lets the training save first."""
     environment = os.environ | {
         "OMP_NUM_THREADS": str(resources.threads_per_process),
@@ -138,7 +75,7 @@ def _run(command: list[str], resources: TrainResources, on_event: OnEvent | None
                 if "error" in event:
                     raise ValueError(event["error"])
                 last = event
-                if on_event is not None and "sealed" not in event:
+                if "sealed" not in event:
                     on_event(event)
             code = process.wait()
         except BaseException:

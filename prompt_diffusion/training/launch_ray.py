@@ -21,12 +21,14 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
+from prompt_diffusion.device import AUTO
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.engine.distributed import World
 from prompt_diffusion.engine.loop import Stopped
 from prompt_diffusion.store.storage import read_bytes
-from prompt_diffusion.training.launch import MAX_RESTARTS, STOPPED_EXIT_CODE, TrainSpec
+from prompt_diffusion.training.launch import MAX_RESTARTS, STOPPED_EXIT_CODE
 from prompt_diffusion.training.run import LOG_FORMAT, USER_ERROR, USER_ERRORS, emit, end_with_launcher
+from prompt_diffusion.training.stage import Train, TrainSpec
 from prompt_diffusion.training.train import run_train
 
 logger = logging.getLogger(__name__)
@@ -136,7 +138,7 @@ def _train_worker(task: dict[str, Any]) -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     try:
-        ref = run_train(spec.config, spec.inputs, spec.store_root, spec.resources, world, post)
+        ref = run_train(Train(spec.config, spec.inputs), spec.store_root, spec.resources, world, post)
     except Stopped as stopped:
         logger.info("%s", stopped)
     except USER_ERRORS as error:
@@ -149,7 +151,7 @@ def _train_worker(task: dict[str, Any]) -> None:
 def _scale(resources: TrainResources) -> ScalingConfig:
     """Return how many workers Ray starts and what each takes; ValueError where a local cluster has too few GPUs."""
     num_gpus = int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
-    use_gpu = resources.device == "cuda" or (resources.device == "auto" and num_gpus > 0)
+    use_gpu = resources.device.startswith("cuda") or (resources.device == AUTO and num_gpus > 0)
     if use_gpu and resources.ray_address is None and num_gpus < resources.num_processes:
         raise ValueError(
             f"{resources.num_processes} processes need a GPU each and this machine has {num_gpus}: name a cluster by "

@@ -11,7 +11,7 @@ from prompt_diffusion.engine.noise import weigh_by_snr
 from prompt_diffusion.model.base import Base
 from prompt_diffusion.model.controlnet import PromptDiffusionControlNet, predict_noise
 from prompt_diffusion.training.config import TrainConfig
-from prompt_diffusion.training.encode import encode_texts
+from prompt_diffusion.training.encode import embed_texts
 from prompt_diffusion.training.samples import Batch, BatchMaker, TrainingData
 from prompt_diffusion.vision_tasks import find_vision_task
 
@@ -38,7 +38,7 @@ class InContextObjective:
         self.maker = BatchMaker(
             config,
             data,
-            dict(zip(texts, encode_texts(base, texts), strict=True)),
+            dict(zip(texts, embed_texts(base, texts), strict=True)),
             self.scheduler.config["num_train_timesteps"],
             num_threads,
             pins_memory=device.type == "cuda",

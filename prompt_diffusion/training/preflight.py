@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 
 from prompt_diffusion.data.records import ARRAY_SHAPES_KEY, CONDITION_MAP_SCHEMA, IMAGE_PAIR_SCHEMA
 from prompt_diffusion.data.transforms import decode_image
+from prompt_diffusion.device import choose_device
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.store.manifest import Manifest, StoredFile, open_manifest
 from prompt_diffusion.store.storage import join_uri, open_input
 from prompt_diffusion.training.config import TrainConfig
-from prompt_diffusion.training.stage import TrainInputs
+from prompt_diffusion.training.inputs import TrainInputs
 
 if TYPE_CHECKING:
     from prompt_diffusion.model.base import Base
@@ -47,10 +48,8 @@ def check_training(config: TrainConfig, inputs: TrainInputs, resources: TrainRes
 
 def check_gpus(resources: TrainResources, num_gpus: int) -> None:
     """Raise ValueError where this machine, with that many GPUs, has not one for each process that is to have one."""
-    if resources.device == "cpu" or (resources.device == "auto" and num_gpus == 0):
+    if choose_device(resources.device).type != "cuda":
         return
-    if num_gpus == 0:
-        raise ValueError("device 'cuda' was asked for and this machine has no usable GPU: use 'cpu' or 'auto'")
     if resources.num_processes > num_gpus:
         raise ValueError(
             f"{resources.num_processes} processes need a GPU each and this machine has {num_gpus}: lower num_processes, or "

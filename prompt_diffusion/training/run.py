@@ -19,8 +19,9 @@ import torch
 from prompt_diffusion.engine.distributed import join_world
 from prompt_diffusion.engine.loop import Stopped
 from prompt_diffusion.store.storage import read_bytes
-from prompt_diffusion.training.launch import LAUNCHER_VARIABLE, SAVING_SECONDS, STOPPED_EXIT_CODE, TrainSpec
+from prompt_diffusion.training.launch import LAUNCHER_VARIABLE, SAVING_SECONDS, STOPPED_EXIT_CODE
 from prompt_diffusion.training.preflight import check_gpus
+from prompt_diffusion.training.stage import Train, TrainSpec
 from prompt_diffusion.training.train import run_train
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def main(spec_uri: str) -> int:
     try:
         check_gpus(spec.resources, torch.cuda.device_count())
         with join_world(spec.resources.device, spec.resources.threads_per_process) as world:
-            ref = run_train(spec.config, spec.inputs, spec.store_root, spec.resources, world, emit)
+            ref = run_train(Train(spec.config, spec.inputs), spec.store_root, spec.resources, world, emit)
             if ref is not None and world.is_main:
                 emit({"sealed": ref.model_dump()})
     except Stopped as stopped:

@@ -1,114 +1,107 @@
-"""What stage ``train`` is a function of; imports no torch, so that a run can be planned fast."""
+"""Stage ``train``: what it is a function of, and how it is run in processes of its own; imports no torch."""
 
-from collections.abc import Iterable, Iterator
+import logging
+import shlex
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 
+from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.model.references import base_digest, controlnet_digest
-from prompt_diffusion.store.fingerprint import StageIdentity
-from prompt_diffusion.store.manifest import ManifestRef, open_manifest
+from prompt_diffusion.store.fingerprint import StageIdentity, StageInput, compute_digest
+from prompt_diffusion.store.records import ManifestRef, Progress
+from prompt_diffusion.store.stage import Context, Stage
+from prompt_diffusion.store.storage import join_uri, local_path, write_bytes
 from prompt_diffusion.training.config import TrainConfig
-from prompt_diffusion.vision_tasks import VisionTask, find_vision_task
+from prompt_diffusion.training.inputs import TrainInputs
+from prompt_diffusion.training.launch import Event, TrainingStoppedError, build_command, run_command
+from prompt_diffusion.training.preflight import check_training
 
-VERSION = 2
-PIPELINE_FOLDER = "pipeline"
-IMAGE_TARGET = "image"
+logger = logging.getLogger(__name__)
+
+VERSION = 3
 
 
-class TrainInputs(FrozenModel):
-    """The sealed manifests that a training reads: one dataset, or several."""
+class TrainSpec(FrozenModel):
+    """All that a training process is told, as one JSON file."""
 
-    pairs: ManifestRef
-    """Image pairs."""
-    maps: dict[str, ManifestRef]
-    """Condition maps, by condition."""
-    latents: dict[str, ManifestRef]
-    """Latents of the edited side, by target: ``image`` or a condition."""
-    text: ManifestRef
-    """Text embeddings of the pairs' edited captions."""
-    others: tuple["TrainInputs", ...] = ()
-    """Further datasets, each whole: a vision task is read from the first dataset that has its condition maps."""
+    config: TrainConfig
+    inputs: TrainInputs
+    store_root: str
+    resources: TrainResources
+
+
+@dataclass(frozen=True)
+class TrainProgress(Progress):
+    """What a training process reported."""
+
+    event: Event = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Train(Stage[TrainResources]):
+    """The stage: one model, trained in other processes, which go on from the last checkpoint of an earlier run.
+
+    ValueError, in one sentence, for a user's mistake, here or in the training. ``TrainingStoppedError`` says that the run
+    stopped and can go on. The processes never outlive this one by more than the time of one step and a checkpoint.
+    """
+
+    config: TrainConfig
+    inputs: TrainInputs
 
     @property
-    def datasets(self) -> tuple["TrainInputs", ...]:
-        """Every dataset alone, in order."""
-        return (self.model_copy(update={"others": ()}), *self.others)
+    def title(self) -> str:
+        """How people call a training: its method, and the vision task of one that knows a single one."""
+        method = {"prompt_diffusion": "Prompt Diffusion", "controlnet": "CN(FT)"}[self.config.method]
+        return method if len(self.config.vision_tasks) > 1 else f"{method} {self.config.vision_tasks[0]}"
 
-    def find_dataset(self, vision_task: str) -> int:
-        """Return the position, in ``datasets``, of the one that a vision task is read from; ValueError where none has it."""
-        condition = find_vision_task(vision_task).condition
-        for position, dataset in enumerate(self.datasets):
-            if condition in dataset.maps:
-                return position
-        there = ", ".join(name for dataset in self.datasets for name in dataset.maps)
-        raise ValueError(
-            f"vision task {vision_task!r} needs condition maps of {condition}; there are {there or 'none'}"
+    def identify(self) -> StageIdentity:
+        """Return the recipe, what it starts from, and those inputs that its vision tasks read.
+
+        The base and the ControlNet enter by their content, never by the place or name that they are found under.
+        """
+        config = self.config
+        used = [StageInput(role="base", fingerprint=base_digest(config.base))]
+        if config.controlnet is not None:
+            digest = controlnet_digest(config.controlnet, config.base)
+            used.append(StageInput(role="controlnet", fingerprint=digest))
+        used += self.inputs.narrow(config.vision_tasks).list_roles()
+        return StageIdentity(
+            stage="train",
+            version=VERSION,
+            config=config.model_dump(mode="json", exclude={"base", "controlnet"}),
+            inputs=tuple(used),
         )
 
-    def narrow(self, vision_tasks: Iterable[str]) -> "TrainInputs":
-        """Keep what those vision tasks read, of each dataset that one of them reads; ValueError names what is not there."""
-        tasks: dict[int, list[VisionTask]] = {}
-        for name in vision_tasks:
-            tasks.setdefault(self.find_dataset(name), []).append(find_vision_task(name))
-        first, *others = (self.datasets[position]._keep(tasks[position]) for position in sorted(tasks))
-        return first.model_copy(update={"others": tuple(others)})
-
-    def _keep(self, tasks: Iterable[VisionTask]) -> "TrainInputs":
-        """Keep what vision tasks read of this one dataset, which has their condition maps."""
-        maps = sorted({task.condition for task in tasks})
-        latents = sorted({task.target_condition or IMAGE_TARGET for task in tasks})
-        missing = [name for name in latents if name not in self.latents]
-        if missing:
+    def run(self, context: Context[TrainResources]) -> ManifestRef:
+        """Train in a child, through torchrun or on Ray; the context hears the command, the hardware and every step."""
+        resources = context.resources
+        check_training(self.config, self.inputs, resources)
+        if resources.engine == "ray" and find_spec("ray") is None:
             raise ValueError(
-                f"the vision tasks need latents of {', '.join(missing)}; there are {', '.join(self.latents) or 'none'}"
+                "the engine 'ray' needs the extra 'ray', which is not installed here: install prompt-diffusion[ray]"
             )
-        return TrainInputs(
-            pairs=self.pairs,
-            maps={name: self.maps[name] for name in maps},
-            latents={name: self.latents[name] for name in latents},
-            text=self.text,
-        )
+        command = build_command(write_spec(self, context.store, resources), resources)
+        logger.info("training: %s", shlex.join(command))
+        context.report(TrainProgress({"command": shlex.join(command)}))
+        final = run_command(command, resources, lambda event: context.report(TrainProgress(event)))
+        if "sealed" not in final:
+            raise TrainingStoppedError(
+                "the training was stopped: run the same command to go on from its last checkpoint"
+            )
+        return ManifestRef.model_validate(final["sealed"])
 
 
-def check_pairs(pairs: ManifestRef) -> None:
-    """Raise ValueError where image pairs are too few to train on: no validation row, or no second prompt group to show."""
-    splits = open_manifest(pairs.uri).read_table(["split", "group_id"]).to_pydict()
-    groups = {split: set[str]() for split in ("train", "validation")}
-    for split, group in zip(splits["split"], splits["group_id"], strict=True):
-        groups.get(split, set()).add(group)
-    if len(groups["train"]) < 2 or not groups["validation"]:
-        raise ValueError(
-            f"{pairs.rows} pairs are too few: {len(groups['train'])} of their groups are for training, of which two are "
-            f"needed, and {len(groups['validation'])} for validation, of which one is: give more pairs, or a larger share in "
-            "ingest.split_fractions"
-        )
-
-
-def identify_train(config: TrainConfig, inputs: TrainInputs) -> StageIdentity:
-    """Return the identity of a training: its recipe, what it starts from, and those inputs that its vision tasks read.
-
-    The base and the ControlNet enter by their content, never by the place or name that they are found under.
-    """
-    used = {"base": base_digest(config.base)}
-    if config.controlnet is not None:
-        used["controlnet"] = controlnet_digest(config.controlnet, config.base)
-    for position, dataset in enumerate(inputs.narrow(config.vision_tasks).datasets):
-        used |= {_name_role(position, role): ref.fingerprint for role, ref in _list_roles(dataset)}
-    return StageIdentity(
-        stage="train",
-        version=VERSION,
-        config=config.model_dump(mode="json", exclude={"base", "controlnet"}),
-        inputs=used,
+def write_spec(stage: Train, store_root: str, resources: TrainResources) -> str:
+    """Write what a training process is told into the stage's folder, under a name of its content; return its URI."""
+    folder = local_path(store_root)
+    spec = TrainSpec(
+        config=stage.config,
+        inputs=stage.inputs.narrow(stage.config.vision_tasks),
+        store_root=store_root if folder is None else str(folder.resolve()),
+        resources=resources,
     )
-
-
-def _list_roles(dataset: TrainInputs) -> Iterator[tuple[str, ManifestRef]]:
-    yield "pairs", dataset.pairs
-    yield "text", dataset.text
-    for kind in ("maps", "latents"):
-        for name, ref in getattr(dataset, kind).items():
-            yield f"{kind}/{name}", ref
-
-
-def _name_role(position: int, role: str) -> str:
-    """Name an input of a dataset: the first one's plainly, as where there is no other."""
-    return role if position == 0 else f"dataset-{position + 1}/{role}"
+    content = spec.model_dump_json(indent=2).encode()
+    uri = join_uri(stage.identity.uri(spec.store_root), f"run-{compute_digest(content)[:8]}.json")
+    write_bytes(uri, content)
+    return uri

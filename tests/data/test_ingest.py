@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from prompt_diffusion.data.ingest import IngestConfig, assign_splits, identify_ingest, run_ingest
+from prompt_diffusion.data.ingest import Ingest, IngestConfig, assign_splits
 from prompt_diffusion.data.records import IMAGE_PAIR_SCHEMA
 from prompt_diffusion.data.sources.base import SampleKey
 from prompt_diffusion.data.sources.export import write_instruct_pix2pix_folder, write_instruct_pix2pix_parquet
@@ -19,6 +19,7 @@ from prompt_diffusion.store import retries
 from prompt_diffusion.store.manifest import find_sealed, open_manifest
 from prompt_diffusion.store.records import ShardProgress
 from prompt_diffusion.store.retries import StoreError
+from prompt_diffusion.store.stage import Context, obtain
 from prompt_diffusion.store.storage import join_uri, list_sizes, write_bytes
 from tests.store.fault_proxy import serve_fault_proxy
 
@@ -47,7 +48,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_source_is_ingested_in_its_order_into_sealed_shards(store_root: str) -> None:
-    ref = run_ingest(make_config(), store_root)
+    ref = obtain(Ingest(make_config()), Context(store_root, None))
     manifest = open_manifest(ref.uri)
     table = manifest.read_table()
     assert table.schema.equals(IMAGE_PAIR_SCHEMA)
@@ -61,9 +62,9 @@ def test_a_source_is_ingested_in_its_order_into_sealed_shards(store_root: str) -
 
 
 def test_a_rerun_writes_nothing(tmp_store: str) -> None:
-    first = run_ingest(make_config(), tmp_store)
+    first = obtain(Ingest(make_config()), Context(tmp_store, None))
     files = {path: path.stat().st_mtime_ns for path in Path(first.uri).iterdir()}
-    assert run_ingest(make_config(), tmp_store) == first
+    assert obtain(Ingest(make_config()), Context(tmp_store, None)) == first
     assert {path: path.stat().st_mtime_ns for path in Path(first.uri).iterdir()} == files
 
 
@@ -76,13 +77,13 @@ def test_a_killed_run_makes_the_missing_shards_only_and_the_same_bytes(tmp_store
             raise KilledError
 
     with pytest.raises(KilledError):
-        run_ingest(make_config(), tmp_store, kill)
-    folder = Path(identify_ingest(make_config()).uri(tmp_store))
+        obtain(Ingest(make_config()), Context(tmp_store, None, kill))
+    folder = Path(Ingest(make_config()).identity.uri(tmp_store))
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert sorted(before) == ["shard-00000.parquet", "shard-00001.parquet"]
-    ref = run_ingest(make_config(), tmp_store)
+    ref = obtain(Ingest(make_config()), Context(tmp_store, None))
     assert {name: (folder / name).stat().st_mtime_ns for name in before} == before
-    other = run_ingest(make_config(), str(tmp_path / "other"))
+    other = obtain(Ingest(make_config()), Context(str(tmp_path / "other"), None))
     assert open_manifest(ref.uri).files == open_manifest(other.uri).files
 
 
@@ -98,7 +99,7 @@ CHANGES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_every_scientific_field_moves_the_identity(change: dict[str, Any]) -> None:
-    assert identify_ingest(make_config(**change)).fingerprint != identify_ingest(make_config()).fingerprint
+    assert Ingest(make_config(**change)).identity.fingerprint != Ingest(make_config()).identity.fingerprint
 
 
 def test_every_field_but_the_budget_is_tried() -> None:
@@ -108,11 +109,11 @@ def test_every_field_but_the_budget_is_tried() -> None:
 @pytest.mark.parametrize("change", [{"crops_per_photo": 3}, {"seed": 1}])
 def test_every_field_of_the_photos_moves_the_identity(change: dict[str, int]) -> None:
     plain = IngestConfig(source=PhotosConfig())
-    assert identify_ingest(plain) != identify_ingest(IngestConfig(source=PhotosConfig.model_validate(change)))
+    assert Ingest(plain).identity != Ingest(IngestConfig(source=PhotosConfig.model_validate(change))).identity
 
 
 def test_the_reject_budget_does_not_move_the_identity() -> None:
-    assert identify_ingest(make_config(reject_budget=0.5)) == identify_ingest(make_config())
+    assert Ingest(make_config(reject_budget=0.5)).identity == Ingest(make_config()).identity
 
 
 def test_no_uri_moves_the_identity_and_none_enters_the_shards(folder: Path, tmp_path: Path) -> None:
@@ -122,8 +123,11 @@ def test_no_uri_moves_the_identity_and_none_enters_the_shards(folder: Path, tmp_
         (folder_copy / name).parent.mkdir(parents=True, exist_ok=True)
         (folder_copy / name).write_bytes((folder / name).read_bytes())
     first, second = (make_folder_config(uri) for uri in (folder, folder_copy))
-    assert identify_ingest(first) == identify_ingest(second)
-    refs = [run_ingest(config, str(tmp_path / f"store{place}")) for place, config in enumerate((first, second))]
+    assert Ingest(first).identity == Ingest(second).identity
+    refs = [
+        obtain(Ingest(config), Context(str(tmp_path / f"store{place}"), None))
+        for place, config in enumerate((first, second))
+    ]
     assert open_manifest(refs[0].uri).files == open_manifest(refs[1].uri).files
     assert str(tmp_path) not in str(open_manifest(refs[0].uri).read_table(["source_uri", "sample_id"]).to_pylist())
 
@@ -131,7 +135,7 @@ def test_no_uri_moves_the_identity_and_none_enters_the_shards(folder: Path, tmp_
 def test_taking_fewer_groups_moves_the_identity(folder: Path) -> None:
     config = make_folder_config(folder)
     fewer = config.model_copy(update={"source": config.source.model_copy(update={"num_groups": 3})})
-    assert identify_ingest(config) != identify_ingest(fewer)
+    assert Ingest(config).identity != Ingest(fewer).identity
 
 
 def make_keys(groups: list[str]) -> list[SampleKey]:
@@ -180,7 +184,9 @@ def damage(folder: Path) -> None:
 
 def test_rejects_are_sealed_with_their_reasons_and_counts_add_up(folder: Path, store_root: str) -> None:
     damage(folder)
-    manifest = open_manifest(run_ingest(make_folder_config(folder, reject_budget=0.2), store_root).uri)
+    manifest = open_manifest(
+        obtain(Ingest(make_folder_config(folder, reject_budget=0.2)), Context(store_root, None)).uri
+    )
     assert manifest.counts == {"rows": 31, "rejects": 5}
     assert manifest.read_table().num_rows + len(manifest.rejects) == 36
     reasons = {reject.sample_id: reject.reason for reject in manifest.rejects}
@@ -228,7 +234,7 @@ def test_images_that_are_not_taken_are_rejected_each_with_its_reason_and_the_res
     lines = [json.dumps({"file_name": name, "caption": "noise"}) for name in contents]
     (source / "metadata.jsonl").write_text("\n".join(lines))
     config = make_config(source={"kind": "image_folder", "uri": str(source)}, reject_budget=0.9, shard_rows=3)
-    manifest = open_manifest(run_ingest(config, tmp_store).uri)
+    manifest = open_manifest(obtain(Ingest(config), Context(tmp_store, None)).uri)
     assert manifest.read_table().column("sample_id").to_pylist() == ["good-0.png", "good-1.png"]
     assert [(reject.sample_id, reject.reason.split(" (")[0]) for reject in manifest.rejects] == [
         ("bomb.png", "bomb.png: the image cannot be decoded: Image size"),
@@ -258,9 +264,9 @@ def test_a_store_that_fails_while_samples_are_read_rejects_none_of_them(
         s3fs.S3FileSystem.clear_instance_cache()
         proxy.add_fault("cut", "GET", ".jpg" if kind == "folder" else ".parquet", 10**9)
         with pytest.raises(StoreError, match=f"cannot read {s3_store}/"):
-            run_ingest(config, tmp_store)
+            obtain(Ingest(config), Context(tmp_store, None))
         proxy.heal()
-        manifest = open_manifest(run_ingest(config, tmp_store).uri)
+        manifest = open_manifest(obtain(Ingest(config), Context(tmp_store, None)).uri)
         s3fs.S3FileSystem.clear_instance_cache()
     assert manifest.counts == {"rows": 36, "rejects": 0}
 
@@ -270,7 +276,9 @@ def test_rejects_do_not_move_other_samples_between_splits(folder: Path, tmp_path
     splits = []
     for place in ("whole", "damaged"):
         config = make_folder_config(folder, reject_budget=0.2, split_fractions=fractions)
-        table = open_manifest(run_ingest(config, str(tmp_path / place)).uri).read_table(["sample_id", "split"])
+        table = open_manifest(obtain(Ingest(config), Context(str(tmp_path / place), None)).uri).read_table(
+            ["sample_id", "split"]
+        )
         splits.append(dict(zip(*(table.column(name).to_pylist() for name in table.column_names), strict=True)))
         damage(folder)
     assert len(splits[1]) == 31
@@ -283,15 +291,15 @@ def test_past_the_budget_the_stage_fails_and_says_which(folder: Path, tmp_store:
     with pytest.raises(
         ValueError, match=r"ingest rejected 5 of 36 samples.*1\.00%.*coffee/0: coffee/prompt\.json is not"
     ):
-        run_ingest(config, tmp_store)
-    assert find_sealed(identify_ingest(config), tmp_store) is None
+        obtain(Ingest(config), Context(tmp_store, None))
+    assert find_sealed(Ingest(config).identity, tmp_store) is None
 
 
 def test_a_shard_of_rejects_alone_is_an_empty_shard(folder: Path, tmp_store: str) -> None:
     for file in (folder / "astronaut").iterdir():
         file.write_bytes(b"")
     config = make_folder_config(folder, shard_rows=4, reject_budget=0.2)
-    manifest = open_manifest(run_ingest(config, tmp_store).uri)
+    manifest = open_manifest(obtain(Ingest(config), Context(tmp_store, None)).uri)
     assert manifest.shards[0].rows == 0
     assert manifest.counts == {"rows": 32, "rejects": 4}
     assert manifest.read_table().num_rows == 32
@@ -301,7 +309,9 @@ def test_a_sample_that_is_listed_twice_is_taken_once(folder: Path, tmp_store: st
     seeds = json.loads((folder / "seeds.json").read_text())
     seeds[0][1].append(seeds[0][1][0])
     (folder / "seeds.json").write_text(json.dumps(seeds))
-    manifest = open_manifest(run_ingest(make_folder_config(folder, reject_budget=0.1), tmp_store).uri)
+    manifest = open_manifest(
+        obtain(Ingest(make_folder_config(folder, reject_budget=0.1)), Context(tmp_store, None)).uri
+    )
     assert [(reject.sample_id, reject.reason) for reject in manifest.rejects] == [("astronaut/0", "it is listed twice")]
     assert manifest.counts["rows"] == 36
 
@@ -309,7 +319,7 @@ def test_a_sample_that_is_listed_twice_is_taken_once(folder: Path, tmp_store: st
 def test_an_empty_source_is_refused(folder: Path, tmp_store: str) -> None:
     (folder / "seeds.json").write_text("[]")
     with pytest.raises(ValueError, match="the source instruct_pix2pix has no samples"):
-        run_ingest(make_folder_config(folder), tmp_store)
+        obtain(Ingest(make_folder_config(folder)), Context(tmp_store, None))
 
 
 def test_both_public_forms_hold_the_same_groups_and_splits(folder: Path, tmp_path: Path) -> None:
@@ -318,7 +328,9 @@ def test_both_public_forms_hold_the_same_groups_and_splits(folder: Path, tmp_pat
     write_instruct_pix2pix_parquet([p for p in source.read(source.plan()) if hasattr(p, "seed")], str(rows), 7)
     columns = ["input_prompt", "edited_prompt", "seed", "split"]
     tables = [
-        open_manifest(run_ingest(make_folder_config(uri), str(tmp_path / "store")).uri).read_table(columns)
+        open_manifest(obtain(Ingest(make_folder_config(uri)), Context(str(tmp_path / "store"), None)).uri).read_table(
+            columns
+        )
         for uri in (folder, rows)
     ]
     assert tables[0].num_rows == 36

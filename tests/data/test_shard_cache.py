@@ -35,7 +35,7 @@ def make_shard(shard):
 
 @pytest.fixture
 def manifest(store_root):
-    identity = StageIdentity(stage="test", version=1, config={}, inputs={})
+    identity = StageIdentity(stage="test", version=1, config={}, inputs=())
     return open_manifest(run_sharded_stage(identity, store_root, SHARDS, make_shard).uri)
 
 

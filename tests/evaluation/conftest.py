@@ -10,17 +10,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from prompt_diffusion.annotators.annotate import run_annotate
+from prompt_diffusion.annotators.annotate import Annotate
 from prompt_diffusion.annotators.base import AnnotateResources
 from prompt_diffusion.annotators.config import AnnotateConfig
-from prompt_diffusion.data.ingest import IngestConfig, run_ingest
+from prompt_diffusion.data.dataset import Dataset
+from prompt_diffusion.data.ingest import Ingest, IngestConfig
 from prompt_diffusion.data.sources.scenes import ScenesConfig
-from prompt_diffusion.evaluation.config import EvalResources, EvaluateConfig
+from prompt_diffusion.evaluation.config import EvaluateConfig, EvaluateResources
 from prompt_diffusion.model.base import load_base
 from prompt_diffusion.model.controlnet import PromptDiffusionControlNet
 from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import ManifestRef, seal_manifest, write_file, write_folder
+from prompt_diffusion.store.stage import Context, obtain
 from prompt_diffusion.vision_tasks import VISION_TASKS
 
 
@@ -37,7 +39,7 @@ def build_pipeline(seed: int, *, has_example_stem: bool) -> PromptDiffusionPipel
 def seal_model(store: str, folder: Path, method: str, vision_tasks: list[str]) -> ManifestRef:
     """Seal an untrained model as the stage "train" does, with losses that fall."""
     config: dict[str, Any] = {"method": method, "vision_tasks": vision_tasks}
-    identity = StageIdentity(stage="train", version=1, config=config, inputs={})
+    identity = StageIdentity(stage="train", version=1, config=config, inputs=())
     build_pipeline(0, has_example_stem=method == "prompt_diffusion").save_pretrained(folder, safe_serialization=True)
     rows = [(step, task, 1.0 / (1 + step), 4) for step in range(50) for task in vision_tasks]
     columns = {"step": pa.int32(), "vision_task": pa.string(), "loss": pa.float32(), "num_samples": pa.int32()}
@@ -64,17 +66,14 @@ def store(folder: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def pairs(store: str) -> ManifestRef:
+def dataset(store: str) -> Dataset:
     scenes = IngestConfig(source=ScenesConfig(num_groups=30), image_size=32, split_fractions=(0.2, 0.4, 0.4))
-    return run_ingest(scenes, store)
-
-
-@pytest.fixture(scope="session")
-def maps(pairs: ManifestRef, store: str) -> dict[str, ManifestRef]:
-    return {
-        name: run_annotate(AnnotateConfig(condition=name), pairs, store, AnnotateResources())
+    pairs = obtain(Ingest(scenes), Context(store, None))
+    maps = {
+        name: obtain(Annotate(AnnotateConfig(condition=name), pairs), Context(store, AnnotateResources()))
         for name in ("depth", "hed", "seg")
     }
+    return Dataset(pairs=pairs, maps=maps)
 
 
 @pytest.fixture(scope="session")
@@ -104,5 +103,5 @@ def config() -> EvaluateConfig:
 
 
 @pytest.fixture(scope="session")
-def resources(folder: Path) -> EvalResources:
-    return EvalResources(cache_dir=folder / "cache", batch_size=4, num_threads=1)
+def resources(folder: Path) -> EvaluateResources:
+    return EvaluateResources(cache_dir=folder / "cache", batch_size=4, num_threads=1)

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Mapping
 from html.parser import HTMLParser
 from typing import Any
 
@@ -11,23 +10,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from prompt_diffusion.data.dataset import Dataset
 from prompt_diffusion.evaluation import benchmark
-from prompt_diffusion.evaluation.benchmark import identify_benchmark, run_benchmark
-from prompt_diffusion.evaluation.cells import build_cell_config, run_cell
-from prompt_diffusion.evaluation.config import METHODS, EvalResources, EvaluateConfig
+from prompt_diffusion.evaluation.benchmark import Benchmark
+from prompt_diffusion.evaluation.cells import MeasureCell, build_cell_config
+from prompt_diffusion.evaluation.config import METHODS, EvaluateConfig, EvaluateResources
 from prompt_diffusion.evaluation.curves import draw_curves, read_curve
 from prompt_diffusion.evaluation.findings import compute_interval
-from prompt_diffusion.evaluation.generate import build_generate_config, run_generate
-from prompt_diffusion.evaluation.in_context import run_in_context
+from prompt_diffusion.evaluation.generate import Generate, build_generate_config
+from prompt_diffusion.evaluation.in_context import MeasureInContext, build_shown_configs
 from prompt_diffusion.evaluation.pictures import encode_data_uri
 from prompt_diffusion.evaluation.table import find_newest_table, read_table, render_csv, render_markdown
-from prompt_diffusion.evaluation.trivial import build_trivial_config, run_trivial
+from prompt_diffusion.evaluation.trivial import MeasureTrivial, build_trivial_config
 from prompt_diffusion.store.manifest import ManifestRef, open_manifest
+from prompt_diffusion.store.stage import Context, obtain
 from prompt_diffusion.store.storage import delete_folder, read_bytes
 from prompt_diffusion.vision_tasks import VISION_TASKS
 
-Maps = Mapping[str, ManifestRef]
-Parts = tuple[list[ManifestRef], ManifestRef, ManifestRef]
+Parts = tuple[tuple[ManifestRef, ...], ManifestRef, ManifestRef]
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +35,8 @@ def parts(
     config: EvaluateConfig,
     joint: ManifestRef,
     baseline: ManifestRef,
-    pairs: ManifestRef,
-    maps: Maps,
-    resources: EvalResources,
+    dataset: Dataset,
+    resources: EvaluateResources,
     store: str,
 ) -> Parts:
     """Return the sealed cells of both methods and all vision tasks, the in-context test and the trivial baselines."""
@@ -45,16 +44,27 @@ def parts(
     for method in METHODS:
         model = joint if method == "Prompt Diffusion" else baseline
         for task in VISION_TASKS:
-            images = run_generate(build_generate_config(config, method, task), model, pairs, maps, store, resources)
+            images = obtain(
+                Generate(build_generate_config(config, method, task), model, dataset),
+                Context(store, resources),
+            )
             cell_config = build_cell_config(method, task, "efficientnet_lite0")
-            cells.append(run_cell(cell_config, images, model, pairs, maps, store, resources))
-    in_context = run_in_context(config, joint, pairs, maps, store, resources)
-    return cells, in_context, run_trivial(build_trivial_config(config), pairs, maps, store)
+            cells.append(obtain(MeasureCell(cell_config, images, model, dataset), Context(store, resources)))
+    shown = {
+        name: obtain(Generate(each, joint, dataset), Context(store, resources))
+        for name, each in build_shown_configs(config).items()
+    }
+    in_context = obtain(MeasureInContext(config.split, shown, dataset), Context(store, None))
+    return (
+        tuple(cells),
+        in_context,
+        obtain(MeasureTrivial(build_trivial_config(config), dataset), Context(store, None)),
+    )
 
 
 @pytest.fixture(scope="module")
 def sealed(parts: Parts, store: str) -> ManifestRef:
-    return run_benchmark(*parts, store, seconds={"train": 12.3456, "evaluate": 4.0})
+    return obtain(Benchmark(*parts, {"train": 12.3456, "evaluate": 4.0}), Context(store, None))
 
 
 class Resources(HTMLParser):
@@ -117,7 +127,7 @@ def test_seconds_do_not_move_the_fingerprint_and_a_rerun_writes_nothing(
     sealed: ManifestRef, parts: Parts, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(benchmark, "render_report", None)
-    assert run_benchmark(*parts, store, seconds={"train": 99.0}) == sealed
+    assert obtain(Benchmark(*parts, {"train": 99.0}), Context(store, None)) == sealed
     assert find_newest_table(store).seconds["train"] == 12.346
 
 
@@ -137,10 +147,10 @@ def test_a_killed_run_ends_with_the_first_runs_table(
     with monkeypatch.context() as patch:
         patch.setattr(benchmark, "render_report", kill)
         with pytest.raises(KilledError):
-            run_benchmark(*parts, store, seconds={"train": 12.3456, "evaluate": 4.0})
+            obtain(Benchmark(*parts, {"train": 12.3456, "evaluate": 4.0}), Context(store, None))
     left = read_bytes(f"{sealed.uri}/table.json")
     assert json.loads(left)["cells"] == json.loads(table)["cells"]
-    assert run_benchmark(*parts, store, seconds={"train": 1.0}) == sealed
+    assert obtain(Benchmark(*parts, {"train": 1.0}), Context(store, None)) == sealed
     assert read_bytes(f"{sealed.uri}/table.json") == left
     # Beside the time stamp, nothing depends on the run.
     after = {file.path: file.sha256 for file in open_manifest(sealed.uri).files}
@@ -151,35 +161,35 @@ def test_a_killed_run_ends_with_the_first_runs_table(
 def test_the_same_table_renders_to_the_same_report(sealed: ManifestRef, parts: Parts, store: str) -> None:
     html = open_manifest(sealed.uri).read_file("report.html")
     table = read_table(sealed.uri)
-    sources = [benchmark.trace_cell(cell, store) for cell in parts[0]]
-    again = benchmark.render_report(table, sources, open_manifest(parts[1].uri), store)
+    sources = [benchmark.trace_cell(cell) for cell in parts[0]]
+    again = benchmark.render_report(table, sources, open_manifest(parts[1].uri))
     assert again.encode() == html
 
 
 def test_two_cells_for_one_place_are_refused(parts: Parts) -> None:
     cells, in_context, trivial = parts
-    with pytest.raises(ValueError, match=r"two cells stand for cell:CN\(FT\):depth_to_image"):
-        identify_benchmark([*cells, cells[0]], in_context, trivial)
+    with pytest.raises(ValueError, match=r"two inputs in the role .cells/CN\(FT\)/depth_to_image."):
+        Benchmark((*cells, cells[0]), in_context, trivial).identify()
     with pytest.raises(ValueError, match="at least one cell"):
-        identify_benchmark([], in_context, trivial)
+        Benchmark((), in_context, trivial).identify()
 
 
 def test_every_input_moves_the_fingerprint(parts: Parts) -> None:
     cells, in_context, trivial = parts
     identities = [
-        identify_benchmark(cells, in_context, trivial),
-        identify_benchmark(cells[1:], in_context, trivial),
-        identify_benchmark(cells, trivial, trivial),
-        identify_benchmark(cells, in_context, in_context),
+        Benchmark(cells, in_context, trivial).identity,
+        Benchmark(cells[1:], in_context, trivial).identity,
+        Benchmark(cells, trivial, trivial).identity,
+        Benchmark(cells, in_context, in_context).identity,
     ]
     assert len({identity.fingerprint for identity in identities}) == 4
-    assert identify_benchmark(cells[::-1], in_context, trivial).fingerprint == identities[0].fingerprint
+    assert Benchmark(cells[::-1], in_context, trivial).identity.fingerprint == identities[0].fingerprint
 
 
 def test_a_part_of_the_table_makes_a_report(parts: Parts, store: str) -> None:
     """The joint model alone, or a few vision tasks, are reported as what they are."""
     cells, in_context, trivial = parts
-    ref = run_benchmark(cells[6:8], in_context, trivial, store, seconds={})
+    ref = obtain(Benchmark(cells[6:8], in_context, trivial), Context(store, None))
     html = open_manifest(ref.uri).read_file("report.html").decode()
     assert "HED → image" in html
     assert "image → seg</h3>" not in html

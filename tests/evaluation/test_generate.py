@@ -1,26 +1,24 @@
 import subprocess
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 
+from prompt_diffusion.data.dataset import Dataset
 from prompt_diffusion.evaluation import generate
-from prompt_diffusion.evaluation.config import EvalResources, EvaluateConfig
+from prompt_diffusion.evaluation.config import EvaluateConfig, EvaluateResources
 from prompt_diffusion.evaluation.generate import (
+    Generate,
     GenerateConfig,
     build_generate_config,
     choose_example_rows,
     compute_image_seed,
-    identify_generate,
     open_data,
-    read_images,
-    run_generate,
+    read_generations,
 )
 from prompt_diffusion.store.manifest import ManifestRef, open_manifest
-
-Maps = Mapping[str, ManifestRef]
+from prompt_diffusion.store.stage import Context, obtain
 
 
 @pytest.fixture
@@ -29,47 +27,58 @@ def depth(config: EvaluateConfig) -> GenerateConfig:
 
 
 def test_an_image_depends_on_its_own_seed_alone(
-    depth: GenerateConfig, joint: ManifestRef, pairs: ManifestRef, maps: Maps, resources: EvalResources, tmp_store: str
+    depth: GenerateConfig,
+    joint: ManifestRef,
+    dataset: Dataset,
+    resources: EvaluateResources,
+    tmp_store: str,
 ) -> None:
     """Other batches, and a run over fewer rows, give the same images up to the last bit of a convolution's sum."""
-    whole = read_images(run_generate(depth, joint, pairs, maps, tmp_store, resources))
+    whole = read_generations(obtain(Generate(depth, joint, dataset), Context(tmp_store, resources))).images
     one_by_one = resources.model_copy(update={"batch_size": 1})
     few = depth.model_copy(update={"num_samples": 3})
-    first = read_images(run_generate(few, joint, pairs, maps, tmp_store, one_by_one))
+    first = read_generations(obtain(Generate(few, joint, dataset), Context(tmp_store, one_by_one))).images
     assert np.abs(whole[:3].astype(int) - first).max() <= 1
     # The images do differ from one another, and from what another seed gives.
     assert len({image.tobytes() for image in whole}) == len(whole)
     other = few.model_copy(update={"seed": 1})
-    assert not np.allclose(read_images(run_generate(other, joint, pairs, maps, tmp_store, one_by_one)), first, atol=8)
+    assert not np.allclose(
+        read_generations(obtain(Generate(other, joint, dataset), Context(tmp_store, one_by_one))).images,
+        first,
+        atol=8,
+    )
 
 
 def test_a_rerun_generates_nothing(
     depth: GenerateConfig,
     joint: ManifestRef,
-    pairs: ManifestRef,
-    maps: Maps,
-    resources: EvalResources,
+    dataset: Dataset,
+    resources: EvaluateResources,
     store: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    first = run_generate(depth, joint, pairs, maps, store, resources)
+    first = obtain(Generate(depth, joint, dataset), Context(store, resources))
     monkeypatch.setattr(generate, "open_pipeline", None)
-    assert run_generate(depth, joint, pairs, maps, store, resources) == first
+    assert obtain(Generate(depth, joint, dataset), Context(store, resources)) == first
     assert first.rows == depth.num_samples
 
 
 def test_rows_are_the_splits_in_order_with_their_seeds(
-    depth: GenerateConfig, joint: ManifestRef, pairs: ManifestRef, maps: Maps, resources: EvalResources, store: str
+    depth: GenerateConfig, joint: ManifestRef, dataset: Dataset, resources: EvaluateResources, store: str
 ) -> None:
-    table = open_manifest(run_generate(depth, joint, pairs, maps, store, resources).uri).read_table()
-    sample_ids = open_data(pairs, maps, "test").sample_ids[:10]
+    table = open_manifest(obtain(Generate(depth, joint, dataset), Context(store, resources)).uri).read_table()
+    sample_ids = open_data(dataset, "test").sample_ids[:10]
     assert table["sample_id"].to_pylist() == sample_ids
     assert table["seed"].to_pylist() == [compute_image_seed(depth, sample_id) for sample_id in sample_ids]
     assert set(table["vision_task"].to_pylist()) == {"image_to_depth"}
 
 
 def test_the_example_pair_and_the_text_reach_the_model(
-    depth: GenerateConfig, joint: ManifestRef, pairs: ManifestRef, maps: Maps, resources: EvalResources, tmp_store: str
+    depth: GenerateConfig,
+    joint: ManifestRef,
+    dataset: Dataset,
+    resources: EvaluateResources,
+    tmp_store: str,
 ) -> None:
     variants: list[dict[str, Any]] = [
         {},
@@ -80,18 +89,23 @@ def test_the_example_pair_and_the_text_reach_the_model(
     ]
     few = depth.model_copy(update={"num_samples": 2})
     images = [
-        read_images(run_generate(few.model_copy(update=variant), joint, pairs, maps, tmp_store, resources)).tobytes()
+        read_generations(
+            obtain(
+                Generate(few.model_copy(update=variant), joint, dataset),
+                Context(tmp_store, resources),
+            )
+        ).images.tobytes()
         for variant in variants
     ]
     assert len(set(images)) == len(variants)
 
 
 def test_more_samples_than_rows_are_refused(
-    depth: GenerateConfig, joint: ManifestRef, pairs: ManifestRef, maps: Maps, resources: EvalResources, store: str
+    depth: GenerateConfig, joint: ManifestRef, dataset: Dataset, resources: EvaluateResources, store: str
 ) -> None:
     too_many = depth.model_copy(update={"num_samples": 13})
     with pytest.raises(ValueError, match="13 samples are asked for, and the test split has 12 rows"):
-        run_generate(too_many, joint, pairs, maps, store, resources)
+        obtain(Generate(too_many, joint, dataset), Context(store, resources))
 
 
 def test_seeds_are_a_function_of_seed_vision_task_and_sample(depth: GenerateConfig) -> None:
@@ -112,8 +126,8 @@ def test_shared_noise_leaves_the_vision_task_out_of_the_seed(depth: GenerateConf
     assert compute_image_seed(shared, "000001-0") == compute_image_seed(hed, "000001-0")
 
 
-def test_a_querys_example_is_another_scene_and_the_same_for_every_vision_task(pairs: ManifestRef, maps: Maps) -> None:
-    data = open_data(pairs, maps, "test")
+def test_a_querys_example_is_another_scene_and_the_same_for_every_vision_task(dataset: Dataset) -> None:
+    data = open_data(dataset, "test")
     rows = choose_example_rows(data, "other_group", 0, range(12))
     assert all(data.group_ids[example] != data.group_ids[row] for row, example in enumerate(rows))
     assert choose_example_rows(data, "other_group", 0, [7]) == [rows[7]]
@@ -121,7 +135,7 @@ def test_a_querys_example_is_another_scene_and_the_same_for_every_vision_task(pa
 
 
 def test_every_field_moves_the_fingerprint(
-    depth: GenerateConfig, joint: ManifestRef, baseline: ManifestRef, pairs: ManifestRef, maps: Maps
+    depth: GenerateConfig, joint: ManifestRef, baseline: ManifestRef, dataset: Dataset
 ) -> None:
     changes: dict[str, Any] = {
         "vision_task": "image_to_hed",
@@ -138,19 +152,21 @@ def test_every_field_moves_the_fingerprint(
     }
     assert set(changes) == set(GenerateConfig.model_fields)
     configs = [depth, *(depth.model_copy(update={name: value}) for name, value in changes.items())]
-    fingerprints = {identify_generate(config, joint, pairs, maps).fingerprint for config in configs}
-    fingerprints.add(identify_generate(depth, baseline, pairs, maps).fingerprint)
+    fingerprints = {Generate(config, joint, dataset).identity.fingerprint for config in configs}
+    fingerprints.add(Generate(depth, baseline, dataset).identity.fingerprint)
     assert len(fingerprints) == len(configs) + 1
 
 
-def test_only_the_vision_tasks_own_maps_count(
-    depth: GenerateConfig, joint: ManifestRef, pairs: ManifestRef, maps: Maps
-) -> None:
-    fingerprint = identify_generate(depth, joint, pairs, maps).fingerprint
-    assert identify_generate(depth, joint, pairs, {**maps, "hed": maps["seg"]}).fingerprint == fingerprint
-    assert identify_generate(depth, joint, pairs, {**maps, "depth": maps["seg"]}).fingerprint != fingerprint
+def replace_map(dataset: Dataset, condition: str) -> Dataset:
+    return Dataset(pairs=dataset.pairs, maps={**dataset.maps, condition: dataset.maps["seg"]})
+
+
+def test_only_the_vision_tasks_own_maps_count(depth: GenerateConfig, joint: ManifestRef, dataset: Dataset) -> None:
+    fingerprint = Generate(depth, joint, dataset).identity.fingerprint
+    assert Generate(depth, joint, replace_map(dataset, "hed")).identity.fingerprint == fingerprint
+    assert Generate(depth, joint, replace_map(dataset, "depth")).identity.fingerprint != fingerprint
     with pytest.raises(ValueError, match="no maps of condition 'depth', only of hed"):
-        identify_generate(depth, joint, pairs, {"hed": maps["hed"]})
+        Generate(depth, joint, Dataset(pairs=dataset.pairs, maps={"hed": dataset.maps["hed"]})).identify()
 
 
 def test_a_baseline_is_shown_no_pair_and_directions_have_their_own_guidance(config: EvaluateConfig) -> None:

@@ -1,20 +1,20 @@
-from collections.abc import Mapping
-
 import numpy as np
 import pytest
 
+from prompt_diffusion.data.dataset import Dataset
 from prompt_diffusion.evaluation import in_context
-from prompt_diffusion.evaluation.config import EvalResources, EvaluateConfig
+from prompt_diffusion.evaluation.config import EvaluateConfig, EvaluateResources
+from prompt_diffusion.evaluation.generate import Generate
 from prompt_diffusion.evaluation.in_context import (
+    MeasureInContext,
     build_shown_configs,
     count_confusion,
     find_nearest,
     read_in_context,
-    run_in_context,
 )
 from prompt_diffusion.store.manifest import ManifestRef
+from prompt_diffusion.store.stage import Context, obtain
 
-Maps = Mapping[str, ManifestRef]
 LABELS = ["depth", "hed", "seg", "none"]
 
 
@@ -70,14 +70,18 @@ def test_the_test_shows_pairs_without_text_guidance_or_other_noise(config: Evalu
 def test_it_runs_on_a_model_and_not_again(
     config: EvaluateConfig,
     joint: ManifestRef,
-    pairs: ManifestRef,
-    maps: Maps,
-    resources: EvalResources,
+    dataset: Dataset,
+    resources: EvaluateResources,
     store: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ref = run_in_context(config, joint, pairs, maps, store, resources)
+    context = Context(store, resources)
+    shown = {
+        name: obtain(Generate(each, joint, dataset), context) for name, each in build_shown_configs(config).items()
+    }
+    stage = MeasureInContext(config.split, shown, dataset)
+    ref = obtain(stage, Context(store, None))
     result = read_in_context(ref)
     assert [sum(row) for row in result.confusion] == [4, 4, 4, 4]
-    monkeypatch.setattr(in_context, "run_generate", None)
-    assert run_in_context(config, joint, pairs, maps, store, resources) == ref
+    monkeypatch.setattr(in_context, "read_generations", None)
+    assert obtain(stage, Context(store, None)) == ref

@@ -113,7 +113,7 @@ def test_impossible_cells_are_refused(change: dict[str, Any]) -> None:
 
 
 def seal_table(store: str, created: str) -> None:
-    identity = StageIdentity(stage=STAGE, version=1, config={"created": created}, inputs={})
+    identity = StageIdentity(stage=STAGE, version=1, config={"created": created}, inputs=())
     data = json.dumps(build_table(created=created).model_dump()).encode()
     seal_manifest(identity, store, [write_file(identity, store, TABLE_FILE, data)], counts={"rows": 12})
 
@@ -131,6 +131,6 @@ def test_a_store_without_a_table_says_so(tmp_store: str) -> None:
 
 def test_an_unsealed_table_does_not_count(tmp_store: str) -> None:
     seal_table(tmp_store, "2026-03-01T00:00:00+00:00")
-    unfinished = StageIdentity(stage=STAGE, version=1, config={}, inputs={})
+    unfinished = StageIdentity(stage=STAGE, version=1, config={}, inputs=())
     write_file(unfinished, tmp_store, TABLE_FILE, b"{}")
     assert find_newest_table(tmp_store).provenance["created"] == "2026-03-01T00:00:00+00:00"

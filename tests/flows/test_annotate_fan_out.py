@@ -13,7 +13,7 @@ from prefect.client.orchestration import get_client
 from flows.annotate import annotate_six_task
 from prompt_diffusion.store.manifest import ManifestRef, open_manifest
 from prompt_diffusion.store.storage import list_files
-from tasks.annotate import borrow_device
+from tasks.stages import borrow_device
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -58,7 +58,9 @@ def test_progress_is_a_bar_in_prefects_page_with_rate_and_time_left(
     annotate_six_task("smoke", CANNY, tmp_store)
     with get_client(sync_client=True) as client:
         bars = [artifact for artifact in client.read_artifacts() if artifact.type == "progress"]
-    told = [bar for bar in bars if str(bar.description).startswith("canny maps: 12 of 12 shards, 96 images")]
+    told = [
+        bar for bar in bars if str(bar.description).startswith("annotate canny with canny: 12 of 12 shards, 96 images")
+    ]
     assert told
     assert told[0].data == 100.0
     assert "images/s" in str(told[0].description)

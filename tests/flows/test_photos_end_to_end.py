@@ -45,6 +45,6 @@ def test_photographs_are_ingested_annotated_and_trained_on_from_s3_to_s3(exporte
     assert {name: ref.rows for name, ref in maps.items()} == {"hed": num_pairs, "canny": num_pairs}
     model = open_manifest(train_six_task("smoke", overrides, store, upstream="require").uri)
     assert model.identity.config["vision_tasks"] == VISION_TASKS
-    assert model.identity.inputs["maps/hed"] == maps["hed"].fingerprint
+    assert model.identity.digests["maps/hed"] == maps["hed"].fingerprint
     assert model.counts["steps"] == 3
     assert model.read_file("grid.png").startswith(b"\x89PNG")

@@ -18,7 +18,7 @@ from prompt_diffusion.engine.distributed import World
 from prompt_diffusion.store.manifest import open_manifest
 from prompt_diffusion.store.storage import list_files
 from prompt_diffusion.training.samples import draw_sample, open_training_data
-from prompt_diffusion.training.stage import identify_train
+from prompt_diffusion.training.stage import Train
 from prompt_diffusion.training.train import run_train
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -54,7 +54,7 @@ def test_a_folder_of_pairs_becomes_a_registered_model_that_goes_on_from_another(
     ref = train_custom(str(pairs), "sketch", model=start, steps=2, preset="smoke", overrides=FAST, store=store)
     manifest, before = open_manifest(ref.uri), open_manifest(joint.uri)
     assert manifest.identity.config["vision_tasks"] == ["sketch_to_image"]
-    assert set(manifest.identity.inputs) == {"base", "controlnet", "pairs", "text", "maps/sketch", "latents/image"}
+    assert set(manifest.identity.digests) == {"base", "controlnet", "pairs", "text", "maps/sketch", "latents/image"}
     assert not {"base", "controlnet"} & set(manifest.identity.config)
     assert str(tmp_path) not in manifest.identity.model_dump_json()
 
@@ -74,8 +74,8 @@ def test_a_folder_of_pairs_becomes_a_registered_model_that_goes_on_from_another(
     assert train_custom(str(pairs), "sketch", model=start, steps=2, preset="smoke", overrides=FAST, store=store) == ref
     # the model's VAE is the base's own, so latents serve both
     from_base = train_custom(str(pairs), "sketch", model=None, steps=1, preset="smoke", overrides=FAST, store=store)
-    assert open_manifest(from_base.uri).identity.inputs["latents/image"] == manifest.identity.inputs["latents/image"]
-    assert "controlnet" not in open_manifest(from_base.uri).identity.inputs
+    assert open_manifest(from_base.uri).identity.digests["latents/image"] == manifest.identity.digests["latents/image"]
+    assert "controlnet" not in open_manifest(from_base.uri).identity.digests
 
 
 def test_mixed_reads_each_vision_task_from_the_dataset_that_has_its_maps(pairs, tmp_path):
@@ -86,7 +86,7 @@ def test_mixed_reads_each_vision_task_from_the_dataset_that_has_its_maps(pairs, 
     assert sorted(six.maps) == ["depth", "hed", "seg"]
     assert (sorted(own.maps), sorted(own.latents)) == (["sketch"], ["image"])
     assert (six.pairs.rows, own.pairs.rows) == (20, 40)
-    roles = identify_train(run.config.train, inputs).inputs
+    roles = Train(run.config.train, inputs).identity.digests
     assert roles["dataset-2/maps/sketch"] == own.maps["sketch"].fingerprint
     assert open_manifest(own.pairs.uri).identity.config["image_size"] == 64
 
@@ -96,7 +96,7 @@ def test_mixed_reads_each_vision_task_from_the_dataset_that_has_its_maps(pairs, 
         of = own if draw.vision_task.name == "sketch_to_image" else six
         assert draw.data.rows.pairs.ref == of.pairs
     recipe = run.config.train.model_copy(update={"batch_size": 14})
-    ref = run_train(recipe, inputs, run.store, TrainResources(validate_every_steps=None), World())
+    ref = run_train(Train(recipe, inputs), run.store, TrainResources(validate_every_steps=None), World())
     losses = pq.read_table(pa.BufferReader(open_manifest(ref.uri).read_file("losses.parquet")))
     assert "sketch_to_image" in losses["vision_task"].to_pylist()
     assert sum(losses["num_samples"].to_pylist()) == 14

@@ -10,9 +10,16 @@ from prompt_diffusion.engine.distributed import World
 from prompt_diffusion.model.load import load_pipeline
 from prompt_diffusion.model.original.convert import import_checkpoint, open_original
 from prompt_diffusion.store.manifest import open_manifest
+from prompt_diffusion.store.stage import Context, obtain
 from prompt_diffusion.training.config import TrainConfig
-from prompt_diffusion.training.encode import EncodeConfig, run_encode, run_encode_text
-from prompt_diffusion.training.stage import TrainInputs
+from prompt_diffusion.training.encode import (
+    Encode,
+    EncodeConfig,
+    EncodeResources,
+    EncodeText,
+)
+from prompt_diffusion.training.inputs import TrainInputs
+from prompt_diffusion.training.stage import Train
 from prompt_diffusion.training.train import run_train
 
 
@@ -34,8 +41,8 @@ def imported(tmp_path_factory):
 @pytest.fixture(scope="module")
 def inputs(imported, scene_inputs):
     encode = EncodeConfig(base=str(imported / "base"))
-    latents = run_encode(encode, scene_inputs.pairs, scene_inputs.store)
-    text = run_encode_text(encode, scene_inputs.pairs, scene_inputs.store)
+    latents = obtain(Encode(encode, scene_inputs.pairs), Context(scene_inputs.store, EncodeResources()))
+    text = obtain(EncodeText(encode, scene_inputs.pairs), Context(scene_inputs.store, EncodeResources()))
     maps = {"depth": scene_inputs.maps["depth"]}
     return TrainInputs(pairs=scene_inputs.pairs, maps=maps, latents={"image": latents}, text=text)
 
@@ -48,7 +55,7 @@ def train(imported, inputs, store, **options):
         num_steps=1,
         **options,
     )
-    sealed = run_train(config, inputs, str(store), TrainResources(validate_every_steps=None), World())
+    sealed = run_train(Train(config, inputs), str(store), TrainResources(validate_every_steps=None), World())
     return load_pipeline(open_manifest(sealed.uri).fetch_folder("pipeline", store / "fetched"))
 
 

@@ -16,7 +16,7 @@ from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
 from prompt_diffusion.model.references import DEMO_BASE_FOLDER, PARTS, base_digest, controlnet_digest
 from prompt_diffusion.store.storage import join_uri, list_files, write_bytes
 from prompt_diffusion.training.config import TrainConfig
-from prompt_diffusion.training.stage import identify_train
+from prompt_diffusion.training.stage import Train
 
 REPOSITORY = "someone/tiny-base"
 
@@ -151,7 +151,7 @@ def test_neither_path_enters_a_training_and_both_contents_do(tiny_base, tmp_path
 
     def fingerprint(**fields):
         config = TrainConfig(vision_tasks=("image_to_hed",), **fields)
-        return identify_train(config, train_refs(("hed",))).fingerprint
+        return Train(config, train_refs(("hed",))).identity.fingerprint
 
     assert fingerprint(base=first, controlnet="base") == fingerprint(base=again, controlnet=f"{first}/controlnet")
     expected = {fingerprint(base=first), fingerprint(base=first, controlnet="base"), fingerprint(base="demo-base")}

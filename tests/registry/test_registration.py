@@ -73,7 +73,7 @@ def test_a_version_carries_fingerprints_digests_and_metrics(model, settings, reg
     version = connect(settings).get_model_version(registered.name, registered.version)
     assert version.tags["fingerprint"] == model.fingerprint
     identity = open_manifest(model.uri).identity
-    for role, fingerprint in identity.inputs.items():
+    for role, fingerprint in identity.digests.items():
         assert version.tags[f"input.{role}"] == fingerprint
     assert version.tags["metric.rmse/image_to_hed"] == "0.25"
     assert connect(settings).get_run(registered.run_id).data.metrics["rmse/image_to_depth"] == 0.5
@@ -93,7 +93,7 @@ def test_a_trainings_card_says_what_it_learnt_from_what_under_which_licences(mod
         assert "| base | unknown |" in text  # a folder of somebody's
         assert "| dataset | Apache-2.0 (drawn by this project's code) |" in text
         assert "of no use for photographs" in text
-        for fingerprint in identity.inputs.values():
+        for fingerprint in identity.digests.values():
             assert fingerprint[:32] in text
     assert card.startswith("---\nlicense: unknown\nlibrary_name: diffusers\n")
     assert "| num_steps | 1 |" in card

@@ -44,7 +44,7 @@ def main(root: str, num_shards: int, kill_after: int, kill_delay: float | None =
         if told.num_done == kill_after:
             kill_self()
 
-    identity = StageIdentity(stage="interrupted", version=1, config={"num_shards": num_shards}, inputs={})
+    identity = StageIdentity(stage="interrupted", version=1, config={"num_shards": num_shards}, inputs=())
     run_sharded_stage(identity, root, num_shards, make_shard, on_progress=kill_when_due)
 
 

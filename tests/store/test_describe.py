@@ -9,11 +9,13 @@ import pytest
 from PIL import Image
 
 from prompt_diffusion.store.describe import describe_manifest, render_contact_sheet
-from prompt_diffusion.store.fingerprint import StageIdentity
+from prompt_diffusion.store.fingerprint import StageIdentity, StageInput
 from prompt_diffusion.store.manifest import Reject, UnsealedError, seal_manifest, write_file
 from prompt_diffusion.store.sharded import run_sharded_stage
 
-IDENTITY = StageIdentity(stage="ingest", version=2, config={"image_size": 8}, inputs={"source": "ab"})
+IDENTITY = StageIdentity(
+    stage="ingest", version=2, config={"image_size": 8}, inputs=(StageInput(role="source", fingerprint="ab"),)
+)
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 MAPS = pa.list_(pa.struct([("condition", pa.string()), ("input_map", IMAGE), ("edited_map", IMAGE)]))
 SCHEMA = pa.schema([("sample_id", pa.string()), ("caption", pa.string()), ("photograph", IMAGE), ("maps", MAPS)])
@@ -65,7 +67,8 @@ def test_description_adds_up(store_root: str) -> None:
     assert description.version == 2
     assert description.fingerprint == IDENTITY.fingerprint
     assert description.config == {"image_size": 8}
-    assert description.inputs == {"source": "ab"}
+    assert description.inputs == (StageInput(role="source", fingerprint="ab"),)
+    assert description.lineage == ("source: ab",)
     assert description.counts == {"rows": 3, "rejects": 3}
     assert description.rejects.count == 3
     assert list(description.rejects.reasons.items()) == [("truncated", 2), ("empty", 1)]

@@ -36,7 +36,7 @@ from prompt_diffusion.store.storage import (
 )
 from tests.store.fault_proxy import Fault, FaultProxy, serve_fault_proxy
 
-IDENTITY = StageIdentity(stage="numbers", version=1, config={"rows": 10}, inputs={})
+IDENTITY = StageIdentity(stage="numbers", version=1, config={"rows": 10}, inputs=())
 ALWAYS = 10**9
 SHARD, MANIFEST = "shard-00001.parquet", MANIFEST_NAME
 
@@ -355,7 +355,7 @@ def test_full_disk_is_an_error_that_names_the_file_and_the_rerun_makes_the_rest(
 
 
 def identify_program(num_shards: int) -> StageIdentity:
-    return StageIdentity(stage="interrupted", version=1, config={"num_shards": num_shards}, inputs={})
+    return StageIdentity(stage="interrupted", version=1, config={"num_shards": num_shards}, inputs=())
 
 
 def start_program(

@@ -15,7 +15,7 @@ _IDENTITY: dict[str, Any] = {
     "stage": "ingest",
     "version": 1,
     "config": {"image_size": 64, "source": {"kind": "scenes", "seed": 0}},
-    "inputs": {"source": "aa"},
+    "inputs": [{"role": "source", "stage": None, "fingerprint": "aa"}],
 }
 
 
@@ -71,9 +71,10 @@ def test_key_that_json_would_merge_with_another_is_refused() -> None:
         {"config": {"image_size": 65, "source": {"kind": "scenes", "seed": 0}}},
         {"config": {"image_size": 64, "source": {"kind": "scenes", "seed": 1}}},
         {"config": {"image_size": 64, "source": {"kind": "scenes", "seed": 0}, "more": None}},
-        {"inputs": {"source": "ab"}},
-        {"inputs": {"pairs": "aa"}},
-        {"inputs": {}},
+        {"inputs": [{"role": "source", "stage": None, "fingerprint": "ab"}]},
+        {"inputs": [{"role": "pairs", "stage": None, "fingerprint": "aa"}]},
+        {"inputs": [{"role": "source", "stage": "ingest", "fingerprint": "aa"}]},
+        {"inputs": []},
     ],
 )
 def test_every_field_of_an_identity_moves_its_fingerprint(change: dict[str, Any]) -> None:
@@ -97,3 +98,20 @@ def test_store_root_places_an_identity_but_does_not_name_it() -> None:
 def test_identity_that_cannot_be_a_folder_of_the_store_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         StageIdentity(**{**_IDENTITY, **change})
+
+
+def test_the_order_in_which_inputs_are_given_does_not_matter() -> None:
+    inputs = [{"role": role, "fingerprint": role} for role in ("pairs", "maps/hed", "base")]
+    first, second = (StageIdentity(**{**_IDENTITY, "inputs": each}) for each in (inputs, inputs[::-1]))
+    assert first.fingerprint == second.fingerprint
+
+
+def test_two_inputs_in_one_role_are_refused_by_name() -> None:
+    inputs = [{"role": "pairs", "fingerprint": "aa"}, {"role": "pairs", "fingerprint": "ab"}]
+    with pytest.raises(ValidationError, match=r"stage ingest has two inputs in the role 'pairs'"):
+        StageIdentity(**{**_IDENTITY, "inputs": inputs})
+
+
+def test_an_identity_of_an_earlier_version_is_refused_with_the_way_out() -> None:
+    with pytest.raises(ValidationError, match=r"sealed by an earlier version .* make it again"):
+        StageIdentity(**{**_IDENTITY, "inputs": {"source": "aa"}})

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from prompt_diffusion.store.fingerprint import StageIdentity, compute_digest
+from prompt_diffusion.store.fingerprint import StageIdentity, StageInput, compute_digest
 from prompt_diffusion.store.manifest import (
     MANIFEST_NAME,
     DamagedDataError,
@@ -27,7 +27,12 @@ from prompt_diffusion.store.manifest import (
 from prompt_diffusion.store.sharded import run_sharded_stage
 from prompt_diffusion.store.storage import join_uri, list_files, read_bytes, write_bytes
 
-IDENTITY = StageIdentity(stage="train", version=3, config={"steps": 10, "rates": (0.1, 0.2)}, inputs={"pairs": "ab"})
+IDENTITY = StageIdentity(
+    stage="train",
+    version=3,
+    config={"steps": 10, "rates": (0.1, 0.2)},
+    inputs=(StageInput(role="pairs", fingerprint="ab"),),
+)
 
 
 def seal_weights(root: str) -> ManifestRef:

@@ -25,7 +25,7 @@ from prompt_diffusion.store.sharded import ShardRows, encode_shard, make_shards,
 from prompt_diffusion.store.storage import join_uri, list_files, local_path, read_bytes, write_bytes
 from tests.sharing import wait_until
 
-IDENTITY = StageIdentity(stage="numbers", version=1, config={"rows": 10}, inputs={})
+IDENTITY = StageIdentity(stage="numbers", version=1, config={"rows": 10}, inputs=())
 _PROGRAM = Path(__file__).with_name("interrupted_stage.py")
 
 
@@ -120,7 +120,7 @@ def run_program(root: str, kill_after: int, *kill_delay: float) -> tuple[int, li
 
 
 def test_killed_stage_makes_only_the_rest_and_ends_with_the_same_bytes(store_root: str) -> None:
-    identity = StageIdentity(stage="interrupted", version=1, config={"num_shards": 4}, inputs={})
+    identity = StageIdentity(stage="interrupted", version=1, config={"num_shards": 4}, inputs=())
     whole, resumed = join_uri(store_root, "whole"), join_uri(store_root, "resumed")
     assert run_program(whole, -1) == (0, [0, 1, 2, 3])
     assert run_program(resumed, 2) == (-signal.SIGKILL, [0, 1])
@@ -136,7 +136,7 @@ def test_killed_stage_makes_only_the_rest_and_ends_with_the_same_bytes(store_roo
 
 
 def test_stage_killed_at_any_instant_ends_with_the_same_bytes(tmp_store: str) -> None:
-    identity = StageIdentity(stage="interrupted", version=1, config={"num_shards": 4}, inputs={})
+    identity = StageIdentity(stage="interrupted", version=1, config={"num_shards": 4}, inputs=())
     whole, resumed = join_uri(tmp_store, "whole"), join_uri(tmp_store, "resumed")
     assert run_program(whole, -1)[0] == 0
     for delay_seconds in (0.0, 0.004, 0.012):

@@ -1,32 +1,48 @@
 """The one cache policy: a key where the store has the output, and only there."""
 
+from dataclasses import dataclass
+
 import pytest
 from prefect import task
 from prefect.client.schemas.objects import StateType, TaskRun
 from prefect.context import TaskRunContext
 from prefect.states import State
 
-from prompt_diffusion.store.fingerprint import StageIdentity
+from prompt_diffusion.store.fingerprint import StageIdentity, StageInput
 from prompt_diffusion.store.manifest import DamagedDataError, ManifestRef, seal_manifest, write_file
+from prompt_diffusion.store.stage import Context, Stage, obtain
 from prompt_diffusion.store.storage import delete_folder
-from tasks.caching import SealedPolicy, build_stage_options, identify_stage, is_transient
+from tasks.caching import SealedPolicy
+from tasks.retries import is_transient
 
-POLICY = SealedPolicy(identify=lambda config, pairs: identify(config, pairs))
 PAIRS = ManifestRef(uri="/anywhere", stage="ingest", fingerprint="0" * 32, rows=1)
 
 
-def identify(config: int, pairs: ManifestRef) -> StageIdentity:
-    return StageIdentity(stage="toy", version=1, config={"value": config}, inputs={"pairs": pairs.fingerprint})
+@dataclass(frozen=True)
+class Toy(Stage[int]):
+    config: int
+    pairs: ManifestRef = PAIRS
+
+    @property
+    def title(self) -> str:
+        return "toy"
+
+    def identify(self) -> StageIdentity:
+        inputs = (StageInput.of("pairs", self.pairs),)
+        return StageIdentity(stage="toy", version=1, config={"value": self.config}, inputs=inputs)
+
+    def run(self, context: Context[int]) -> ManifestRef:
+        file = write_file(self.identity, context.store, "a.txt", b"a")
+        return seal_manifest(self.identity, context.store, [file], counts={})
 
 
 def seal(config: int, store: str) -> ManifestRef:
-    identity = identify(config, PAIRS)
-    return seal_manifest(identity, store, [write_file(identity, store, "a.txt", b"a")], counts={})
+    return obtain(Toy(config), Context(store, 1))
 
 
 def compute_key(store: str, config: int = 1, pairs: ManifestRef = PAIRS, threads: int = 1) -> str | None:
-    context = TaskRunContext.model_construct()
-    return POLICY.compute_key(context, {"config": config, "pairs": pairs, "store": store, "threads": threads}, {})
+    parameters = {"stage": Toy(config, pairs), "context": Context(store, threads)}
+    return SealedPolicy().compute_key(TaskRunContext.model_construct(), parameters, {})
 
 
 def test_a_stage_that_is_not_sealed_has_no_key(tmp_store: str) -> None:
@@ -64,22 +80,6 @@ def test_two_stores_have_two_keys_because_the_cached_reference_names_its_store(t
     seal(1, tmp_store)
     seal(1, f"{tmp_store}-2")
     assert compute_key(tmp_store) != compute_key(f"{tmp_store}-2")
-
-
-def test_a_tasks_stage_is_known_without_running_it() -> None:
-    @task(**build_stage_options(identify, timeout_seconds=None))
-    def toy(config: int, pairs: ManifestRef, store: str) -> ManifestRef:
-        raise AssertionError("it must not run")
-
-    assert identify_stage(toy, {"config": 3, "pairs": PAIRS, "store": "/store"}) == identify(3, PAIRS)
-
-
-def test_a_task_that_makes_no_stage_has_no_identity() -> None:
-    @task
-    def plain(store: str) -> None: ...
-
-    with pytest.raises(TypeError, match="makes no stage"):
-        identify_stage(plain, {"store": "/store"})
 
 
 @pytest.mark.parametrize(

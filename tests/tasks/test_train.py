@@ -1,6 +1,7 @@
 """Trainings hear of an interrupt in whatever thread they run, a stopped one is not launched again, all say where they are."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -10,10 +11,13 @@ from prefect.client.schemas.objects import StateType, TaskRun
 from prefect.states import State
 
 from prompt_diffusion.training.config import TrainConfig
-from prompt_diffusion.training.launch import TrainingStoppedError
+from prompt_diffusion.training.inputs import TrainInputs
+from prompt_diffusion.training.launch import TimeLimitError, TrainingStoppedError
+from prompt_diffusion.training.stage import Train
 from tasks import progress
 from tasks.progress import describe_losses, describe_step, log_training, show_progress
-from tasks.train import can_go_on, name_training, stop_on_interrupt
+from tasks.retries import is_transient
+from tasks.train import stop_on_interrupt
 
 
 def ask_to_go_on() -> bool:
@@ -21,7 +25,7 @@ def ask_to_go_on() -> bool:
     def toy() -> None: ...
 
     state: State[None] = State(type=StateType.FAILED, data=TrainingStoppedError("killed"))
-    return can_go_on(toy, TaskRun(task_key="toy", dynamic_key="0"), state)
+    return is_transient(toy, TaskRun(task_key="toy", dynamic_key="0"), state)
 
 
 def test_a_training_that_was_killed_goes_on() -> None:
@@ -38,10 +42,20 @@ def test_after_an_interrupt_no_training_goes_on_until_the_next_run(interrupt: ty
         assert ask_to_go_on()
 
 
-def test_trainings_are_called_by_what_they_know() -> None:
-    assert name_training(TrainConfig()) == "Prompt Diffusion"
+def test_a_training_that_had_its_time_is_not_launched_again() -> None:
+    @task
+    def toy() -> None: ...
+
+    state: State[None] = State(type=StateType.FAILED, data=TimeLimitError("the time is over"))
+    with stop_on_interrupt():
+        assert not is_transient(toy, TaskRun(task_key="toy", dynamic_key="0"), state)
+
+
+def test_trainings_are_called_by_what_they_know(train_refs: Callable[..., TrainInputs]) -> None:
+    inputs = train_refs(("hed",))
+    assert Train(TrainConfig(), inputs).title == "Prompt Diffusion"
     baseline = TrainConfig(method="controlnet", vision_tasks=("image_to_hed",))
-    assert name_training(baseline) == "CN(FT) image_to_hed"
+    assert Train(baseline, inputs).title == "CN(FT) image_to_hed"
 
 
 STEP = {

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from prompt_diffusion.settings import Settings
-from prompt_diffusion.store.fingerprint import StageIdentity
+from prompt_diffusion.store.fingerprint import StageIdentity, StageInput
 from prompt_diffusion.store.manifest import ManifestRef, seal_manifest, write_file
 from prompt_diffusion.tracking import delivery
 from prompt_diffusion.tracking.client import EXPERIMENT, check_tracking_uri, connect, knock
@@ -57,7 +57,11 @@ def away(tmp_path: Path) -> Settings:
 def identity(request: pytest.FixtureRequest) -> StageIdentity:
     """A training of this test's own: its name moves the fingerprint."""
     config = {"optimizer": {"name": "adamw", "clip_norm": None}, "vision_tasks": ("a", "b"), "base": request.node.name}
-    inputs = {"base": "0" * 64, "pairs": "1" * 32, "maps/depth": "2" * 32}
+    inputs = (
+        StageInput(role="base", fingerprint="0" * 64),
+        StageInput(role="pairs", stage="ingest", fingerprint="1" * 32),
+        StageInput(role="maps/depth", stage="annotate", fingerprint="2" * 32),
+    )
     return StageIdentity(stage="train", version=1, config=config, inputs=inputs)
 
 
@@ -247,7 +251,7 @@ DYING_PROGRAM = """
 import os, signal, sys
 from pathlib import Path
 from prompt_diffusion.settings import Settings
-from prompt_diffusion.store.fingerprint import StageIdentity
+from prompt_diffusion.store.fingerprint import StageIdentity, StageInput
 from prompt_diffusion.tracking.tracker import RunTracker
 from tests.tracking.test_tracker import DEAD_URI, make_event
 

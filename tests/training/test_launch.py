@@ -18,9 +18,10 @@ import pytest
 
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.store.manifest import ManifestRef, open_manifest
+from prompt_diffusion.store.stage import Context, obtain
 from prompt_diffusion.training import launch
-from prompt_diffusion.training.launch import TimeLimitError, TrainingStoppedError, launch_training
-from prompt_diffusion.training.stage import identify_train
+from prompt_diffusion.training.launch import TimeLimitError, TrainingStoppedError
+from prompt_diffusion.training.stage import Train, write_spec
 from tests.training import stub_training
 from tests.training.held_training import build_held_python
 from tests.warm import WarmProcess, run_module
@@ -39,16 +40,21 @@ def find_processes(word):
 
 
 def read_history(config, inputs, store):
-    manifest = open_manifest(identify_train(config, inputs).uri(store))
+    manifest = open_manifest(Train(config, inputs).identity.uri(store))
     table = pq.read_table(Path(manifest.ref.uri) / "losses.parquet").to_pydict()
     return manifest.counts, table
+
+
+def train(config, inputs, folder, resources, on_event=lambda event: None):
+    """Obtain a training that tells its events to that function."""
+    return obtain(Train(config, inputs), Context(str(folder), resources, lambda told: on_event(told.event)))
 
 
 @pytest.fixture(scope="module")
 def alone(train_inputs, tiny_config, tmp_path_factory):
     """Train in one process without an interruption, and return counts and losses."""
     store = tmp_path_factory.mktemp("alone")
-    spec = launch.write_spec(tiny_config, train_inputs, str(store), TrainResources(**OFTEN))
+    spec = write_spec(Train(tiny_config, train_inputs), str(store), TrainResources(**OFTEN))
     assert WarmProcess(run_module, "prompt_diffusion.training.run", spec).wait() == 0
     return read_history(tiny_config, train_inputs, str(store))
 
@@ -75,7 +81,7 @@ def test_torchrun_goes_on_after_the_loss_of_a_process(alone, train_inputs, tiny_
             go.touch()
 
     resources = TrainResources(num_processes=2, **OFTEN)
-    launch_training(tiny_config, train_inputs, str(tmp_path), resources, kill_at_step_3)
+    train(tiny_config, train_inputs, tmp_path, resources, kill_at_step_3)
     assert killed
     check_same_training(read_history(tiny_config, train_inputs, str(tmp_path)), alone)
     assert "failed to connect" not in capfd.readouterr().err, "an attempt looked for the dead of the one before"
@@ -96,7 +102,7 @@ def test_ray_train_goes_on_after_the_loss_of_a_worker(alone, train_inputs, tiny_
             go.touch()
 
     resources = TrainResources(engine="ray", device="cpu", num_processes=2, **OFTEN)
-    launch_training(tiny_config, train_inputs, str(tmp_path), resources, kill_at_step_3)
+    train(tiny_config, train_inputs, tmp_path, resources, kill_at_step_3)
     assert killed
     assert steps[-1] == 10
     check_same_training(read_history(tiny_config, train_inputs, str(tmp_path)), alone)
@@ -114,10 +120,10 @@ def test_a_time_limit_asks_the_training_to_save_and_leaves_no_process(train_inpu
     steps = []
     for limit in (1, 8, 64, 512):  # a busy machine may not come to the first step within the shorter ones
         with pytest.raises(TimeLimitError, match=rf"time limit of {limit} seconds: run the same command to go on"):
-            launch_training(
+            train(
                 tiny_config,
                 train_inputs,
-                str(tmp_path),
+                tmp_path,
                 TrainResources(time_limit_seconds=limit),
                 lambda event: steps.append(event.get("step")),
             )
@@ -143,7 +149,7 @@ def test_an_interrupt_of_the_launching_process_asks_the_training_to_save_and_lea
 
     resources = TrainResources(num_processes=num_processes)
     with pytest.raises(KeyboardInterrupt):
-        launch_training(tiny_config, train_inputs, str(tmp_path), resources, interrupt)
+        train(tiny_config, train_inputs, tmp_path, resources, interrupt)
     assert find_processes("stub_training") == []
     assert len(list(tmp_path.rglob("saved-*"))) == num_processes
 
@@ -157,7 +163,7 @@ def test_a_training_that_does_not_stop_is_killed(train_inputs, tiny_config, tmp_
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        launch_training(tiny_config, train_inputs, str(tmp_path), TrainResources(), interrupt)
+        train(tiny_config, train_inputs, tmp_path, TrainResources(), interrupt)
     assert find_processes("stub_training") == []
 
 
@@ -167,7 +173,7 @@ def test_a_mistake_that_only_the_training_can_see_is_one_sentence_and_no_restart
 ):
     stub("mistake")
     with pytest.raises(ValueError, match="prediction_type is 'epsilon', but base") as caught:
-        launch_training(tiny_config, train_inputs, str(tmp_path), TrainResources(num_processes=num_processes))
+        train(tiny_config, train_inputs, tmp_path, TrainResources(num_processes=num_processes))
     assert str(caught.value) == stub_training.SENTENCE
     assert "estart" not in capfd.readouterr().err
 
@@ -186,13 +192,13 @@ def test_a_training_that_ends_without_a_seal_has_stopped_and_says_how(
 ):
     stub(code)
     with pytest.raises(TrainingStoppedError, match=sentence):
-        launch_training(tiny_config, train_inputs, str(tmp_path), TrainResources())
+        train(tiny_config, train_inputs, tmp_path, TrainResources())
 
 
 def test_the_sealed_reference_is_returned_and_what_is_no_event_is_nobody_s(train_inputs, tiny_config, tmp_path, stub):
     stub("sealed")
     events = []
-    ref = launch_training(tiny_config, train_inputs, str(tmp_path), TrainResources(), events.append)
+    ref = train(tiny_config, train_inputs, tmp_path, TrainResources(), events.append)
     assert ref == ManifestRef(**stub_training.SEALED)
     assert [list(event) for event in events] == [["command"], ["step"]]
 
@@ -203,7 +209,7 @@ def test_a_training_tells_a_mistake_as_an_event_and_under_torchrun_ends_well(
 ):
     noise = tiny_config.noise.model_copy(update={"prediction_type": "epsilon"})
     wrong = tiny_config.model_copy(update={"noise": noise})
-    spec = launch.write_spec(wrong, train_inputs, str(tmp_path), TrainResources(**OFTEN))
+    spec = write_spec(Train(wrong, train_inputs), str(tmp_path), TrainResources(**OFTEN))
     child = WarmProcess(run_module, "prompt_diffusion.training.run", spec, environment=os.environ | environment)
     lines = list(child.read_lines())
     assert child.wait() == code
@@ -215,13 +221,13 @@ def test_a_training_tells_a_mistake_as_an_event_and_under_torchrun_ends_well(
 def test_ray_that_is_not_installed_is_named(train_inputs, tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr("prompt_diffusion.training.launch.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="the engine 'ray' needs the extra 'ray'"):
-        launch_training(tiny_config, train_inputs, str(tmp_path), TrainResources(engine="ray"))
+        train(tiny_config, train_inputs, tmp_path, TrainResources(engine="ray"))
 
 
 def test_a_ray_cluster_that_does_not_answer_is_named_at_once(train_inputs, tiny_config, tmp_path):
     pytest.importorskip("ray", reason="no Ray: the extra 'ray' is not installed")
     resources = TrainResources(engine="ray", ray_address="127.0.0.1:1")
-    spec = launch.write_spec(tiny_config, train_inputs, str(tmp_path), resources)
+    spec = write_spec(Train(tiny_config, train_inputs), str(tmp_path), resources)
     child = WarmProcess(run_module, "prompt_diffusion.training.launch_ray", spec)
     lines = list(child.read_lines())
     assert child.wait() == 2
@@ -236,7 +242,7 @@ def test_the_logged_command_works_by_hand_and_speaks_to_a_person(train_inputs, t
         raise RuntimeError("the launching process ends")
 
     with pytest.raises(RuntimeError):
-        launch_training(tiny_config, train_inputs, str(tmp_path), TrainResources(**OFTEN), stop)
+        train(tiny_config, train_inputs, tmp_path, TrainResources(**OFTEN), stop)
     python, option, *program = shlex.split(said[0])
     assert (python, option) == (sys.executable, "-m")
     terminal, end = pty.openpty()
@@ -248,4 +254,4 @@ def test_the_logged_command_works_by_hand_and_speaks_to_a_person(train_inputs, t
     assert process.wait() == 0
     lines = text.decode().splitlines()
     assert any(line.startswith("step 9 of 10, loss ") and "samples/s" in line for line in lines)
-    assert lines[-1] == f"sealed: {identify_train(tiny_config, train_inputs).uri(str(tmp_path))}"
+    assert lines[-1] == f"sealed: {Train(tiny_config, train_inputs).identity.uri(str(tmp_path))}"

@@ -3,19 +3,20 @@
 import pyarrow as pa
 import pytest
 
-from prompt_diffusion.annotators.annotate import run_annotate
+from prompt_diffusion.annotators.annotate import Annotate
 from prompt_diffusion.annotators.base import AnnotateResources
 from prompt_diffusion.annotators.config import AnnotateConfig
-from prompt_diffusion.data.ingest import IngestConfig, run_ingest
+from prompt_diffusion.data.ingest import Ingest, IngestConfig
 from prompt_diffusion.data.sources.scenes import ScenesConfig
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.model.base import load_base
-from prompt_diffusion.store.fingerprint import StageIdentity
+from prompt_diffusion.store.fingerprint import StageIdentity, StageInput
 from prompt_diffusion.store.manifest import open_manifest
 from prompt_diffusion.store.sharded import run_sharded_stage
-from prompt_diffusion.training.encode import EncodeConfig, run_encode
-from prompt_diffusion.training.launch import launch_training
+from prompt_diffusion.store.stage import Context, obtain
+from prompt_diffusion.training.encode import Encode, EncodeConfig, EncodeResources
 from prompt_diffusion.training.preflight import check_base, check_gpus, check_training
+from prompt_diffusion.training.stage import Train
 
 LOCAL = TrainResources()
 
@@ -30,9 +31,9 @@ def larger(tmp_path_factory, tiny_base):
         shard_rows=16,
         split_fractions=(0.6, 0.2, 0.2),
     )
-    pairs = run_ingest(config, store)
-    maps = run_annotate(AnnotateConfig(condition="depth"), pairs, store, AnnotateResources())
-    return pairs, maps, run_encode(EncodeConfig(base=tiny_base), pairs, store)
+    pairs = obtain(Ingest(config), Context(store, None))
+    maps = obtain(Annotate(AnnotateConfig(condition="depth"), pairs), Context(store, AnnotateResources()))
+    return pairs, maps, obtain(Encode(EncodeConfig(base=tiny_base), pairs), Context(store, EncodeResources()))
 
 
 def replace_depth(inputs, ref):
@@ -42,7 +43,9 @@ def replace_depth(inputs, ref):
 def rewrite(ref, store, change):
     """Seal what a manifest holds once more, each shard changed."""
     manifest = open_manifest(ref.uri)
-    identity = StageIdentity(stage="annotate", version=1, config={}, inputs={"changed": ref.fingerprint})
+    identity = StageIdentity(
+        stage="annotate", version=1, config={}, inputs=(StageInput(role="changed", fingerprint=ref.fingerprint),)
+    )
 
     def make_shard(index):
         return change(manifest.read_shard(manifest.shards[index])), []
@@ -150,5 +153,5 @@ def test_each_process_has_a_gpu_where_it_needs_one(device, num_processes, num_gp
 
 def test_launching_refuses_before_a_process_starts_and_writes_nothing(train_inputs, tiny_config, tmp_path):
     with pytest.raises(ValueError, match="does not divide"):
-        launch_training(tiny_config, train_inputs, str(tmp_path), TrainResources(num_processes=4))
+        obtain(Train(tiny_config, train_inputs), Context(str(tmp_path), TrainResources(num_processes=4)))
     assert list(tmp_path.iterdir()) == []

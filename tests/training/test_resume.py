@@ -14,8 +14,8 @@ import safetensors.numpy
 
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.store.manifest import open_manifest
-from prompt_diffusion.training.launch import LAUNCHER_VARIABLE, TrainSpec
-from prompt_diffusion.training.stage import identify_train
+from prompt_diffusion.training.launch import LAUNCHER_VARIABLE
+from prompt_diffusion.training.stage import Train, TrainSpec
 from tests.warm import WarmProcess, run_module
 
 PROGRAM = "prompt_diffusion.training.run"
@@ -39,7 +39,7 @@ def read_events(process):
 
 
 def read_result(config, inputs, store):
-    manifest = open_manifest(identify_train(config, inputs).uri(store))
+    manifest = open_manifest(Train(config, inputs).identity.uri(store))
     weights = {
         part: safetensors.numpy.load(manifest.read_file(f"pipeline/{part}/diffusion_pytorch_model.safetensors"))
         for part in ("controlnet", "unet")

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from prompt_diffusion.annotators.annotate import run_annotate
+from prompt_diffusion.annotators.annotate import Annotate
 from prompt_diffusion.annotators.base import AnnotateResources
 from prompt_diffusion.annotators.config import AnnotateConfig
 from prompt_diffusion.data import sampler
-from prompt_diffusion.data.ingest import IngestConfig, run_ingest
+from prompt_diffusion.data.ingest import Ingest, IngestConfig
 from prompt_diffusion.data.records import read_array
 from prompt_diffusion.data.sampler import split_batch
 from prompt_diffusion.data.shard_cache import ShardCache
@@ -22,7 +22,14 @@ from prompt_diffusion.data.transforms import decode_image, to_model_range
 from prompt_diffusion.engine.noise import draw_timestep, sample_noise
 from prompt_diffusion.model.base import load_base
 from prompt_diffusion.store.manifest import DamagedDataError, open_manifest
-from prompt_diffusion.training.encode import EncodeConfig, run_encode, run_encode_text
+from prompt_diffusion.store.stage import Context, obtain
+from prompt_diffusion.training.encode import (
+    Encode,
+    EncodeConfig,
+    EncodeResources,
+    EncodeText,
+)
+from prompt_diffusion.training.inputs import TrainInputs
 from prompt_diffusion.training.loss import InContextObjective
 from prompt_diffusion.training.samples import (
     Batch,
@@ -31,7 +38,6 @@ from prompt_diffusion.training.samples import (
     draw_sample,
     open_training_data,
 )
-from prompt_diffusion.training.stage import TrainInputs
 from prompt_diffusion.training.train import build_controlnet
 
 NUM_SHARDS = 8
@@ -57,10 +63,18 @@ def small_inputs(tiny_base, tmp_path_factory):
     """Other pairs: one a shard, with depth alone."""
     store, encode = str(tmp_path_factory.mktemp("small")), EncodeConfig(base=tiny_base)
     source = ScenesConfig(num_groups=NUM_SHARDS, pairs_per_group=1)
-    pairs = run_ingest(IngestConfig(source=source, image_size=32, shard_rows=1, split_fractions=(1, 0, 0)), store)
-    maps = {"depth": run_annotate(AnnotateConfig(condition="depth"), pairs, store, AnnotateResources())}
-    latents = {"image": run_encode(encode, pairs, store)}
-    return TrainInputs(pairs=pairs, maps=maps, latents=latents, text=run_encode_text(encode, pairs, store))
+    pairs = obtain(
+        Ingest(IngestConfig(source=source, image_size=32, shard_rows=1, split_fractions=(1, 0, 0))),
+        Context(store, None),
+    )
+    maps = {"depth": obtain(Annotate(AnnotateConfig(condition="depth"), pairs), Context(store, AnnotateResources()))}
+    latents = {"image": obtain(Encode(encode, pairs), Context(store, EncodeResources()))}
+    return TrainInputs(
+        pairs=pairs,
+        maps=maps,
+        latents=latents,
+        text=obtain(EncodeText(encode, pairs), Context(store, EncodeResources())),
+    )
 
 
 @pytest.fixture

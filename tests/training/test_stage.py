@@ -3,7 +3,7 @@
 import pytest
 
 from prompt_diffusion.training.config import TrainConfig
-from prompt_diffusion.training.stage import TrainInputs, identify_train
+from prompt_diffusion.training.stage import Train, TrainInputs
 from prompt_diffusion.vision_tasks import VISION_TASKS
 
 SIX = ("depth", "hed", "seg")
@@ -42,19 +42,19 @@ def test_latents_that_are_not_there_are_named(mixed):
 def test_every_dataset_enters_the_identity_and_one_that_is_not_read_does_not(mixed, train_refs):
     config = TrainConfig(base="demo-base", vision_tasks=("image_to_depth", "sketch_to_image"))
     assert {"pairs", "maps/depth", "latents/depth", "dataset-2/pairs", "dataset-2/maps/sketch", "base"} < set(
-        identify_train(config, mixed).inputs
+        Train(config, mixed).identity.digests
     )
     other = mixed.model_copy(update={"others": (train_refs(("sketch",), "changed"),)})
-    assert identify_train(config, other) != identify_train(config, mixed)
+    assert Train(config, other).identity != Train(config, mixed).identity
     six = config.model_copy(update={"vision_tasks": tuple(VISION_TASKS)})
-    assert identify_train(six, other) == identify_train(six, mixed) == identify_train(six, train_refs(SIX, "six"))
+    assert Train(six, other).identity == Train(six, mixed).identity == Train(six, train_refs(SIX, "six")).identity
 
 
 def test_text_embeddings_enter_the_identity(train_refs):
     config = TrainConfig(base="demo-base")
     plain = train_refs(SIX)
     text = plain.model_copy(update={"text": plain.pairs.model_copy(update={"fingerprint": "text"})})
-    assert identify_train(config, text).inputs == identify_train(config, plain).inputs | {"text": "text"}
+    assert Train(config, text).identity.digests == Train(config, plain).identity.digests | {"text": "text"}
 
 
 def test_inputs_survive_the_json_that_a_training_process_is_told(mixed):

@@ -12,12 +12,12 @@ from prompt_diffusion.engine.distributed import World
 from prompt_diffusion.model.base import load_base
 from prompt_diffusion.model.load import load_pipeline
 from prompt_diffusion.store.manifest import open_manifest
+from prompt_diffusion.store.stage import Context, obtain
 from prompt_diffusion.store.storage import read_bytes
 from prompt_diffusion.training.config import TrainConfig
-from prompt_diffusion.training.launch import launch_training
 from prompt_diffusion.training.loss import InContextObjective
 from prompt_diffusion.training.samples import draw_sample, open_training_data
-from prompt_diffusion.training.stage import identify_train
+from prompt_diffusion.training.stage import Train
 from prompt_diffusion.training.train import build_controlnet, run_train, select_parameters
 
 
@@ -98,7 +98,10 @@ def test_a_dropped_pair_is_mid_grey_whatever_it_was(tiny_config, data):
 def test_a_sealed_training_is_a_pipeline_with_its_losses(train_inputs, tiny_config, tmp_path):
     config = tiny_config.model_copy(update={"num_steps": 3})
     events = []
-    ref = launch_training(config, train_inputs, str(tmp_path), TrainResources(log_every_steps=1), events.append)
+    ref = obtain(
+        Train(config, train_inputs),
+        Context(str(tmp_path), TrainResources(log_every_steps=1), lambda told: events.append(told.event)),
+    )
     manifest = open_manifest(ref.uri)
     assert [event["step"] for event in events if "loss" in event] == [1, 2, 3]
     (validated,) = [event for event in events if "validation_loss" in event]
@@ -117,15 +120,15 @@ def test_a_sealed_training_is_a_pipeline_with_its_losses(train_inputs, tiny_conf
     assert moved == {"up_blocks", "conv_norm_out", "conv_out"}
     assert manifest.read_file("grid.png").startswith(b"\x89PNG")
     before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
-    assert launch_training(config, train_inputs, str(tmp_path), TrainResources()) == ref
+    assert obtain(Train(config, train_inputs), Context(str(tmp_path), TrainResources())) == ref
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
 
 
 def test_two_processes_take_the_same_steps_as_one(train_inputs, tiny_config, tmp_path):
     config = tiny_config.model_copy(update={"num_steps": 3})
     refs = (
-        run_train(config, train_inputs, str(tmp_path / "1"), TrainResources(), World()),
-        launch_training(config, train_inputs, str(tmp_path / "2"), TrainResources(num_processes=2)),
+        run_train(Train(config, train_inputs), str(tmp_path / "1"), TrainResources(), World()),
+        obtain(Train(config, train_inputs), Context(str(tmp_path / "2"), TrainResources(num_processes=2))),
     )
     tables = (open_manifest(ref.uri).read_file("losses.parquet") for ref in refs)
     one, two = (pq.read_table(io.BytesIO(data)).to_pydict() for data in tables)
@@ -136,7 +139,7 @@ def test_two_processes_take_the_same_steps_as_one(train_inputs, tiny_config, tmp
 
 def test_a_baseline_has_no_example_stem(train_inputs, tiny_config, tmp_path):
     config = tiny_config.model_copy(update={"method": "controlnet", "vision_tasks": ("hed_to_image",), "num_steps": 1})
-    ref = run_train(config, train_inputs, str(tmp_path), TrainResources(), World())
+    ref = run_train(Train(config, train_inputs), str(tmp_path), TrainResources(), World())
     pipeline = load_pipeline(open_manifest(ref.uri).fetch_folder("pipeline", tmp_path / "cache"))
     assert not pipeline.controlnet.uses_example_pair
 
@@ -145,8 +148,8 @@ def test_a_training_depends_on_the_inputs_that_its_vision_tasks_read_and_on_no_o
     config = tiny_config.model_copy(update={"vision_tasks": ("image_to_hed",)})
     changed = train_inputs.maps | {"depth": train_inputs.maps["depth"].model_copy(update={"fingerprint": "0" * 32})}
     other = train_inputs.model_copy(update={"maps": changed})
-    assert identify_train(config, train_inputs).fingerprint == identify_train(config, other).fingerprint
-    assert identify_train(tiny_config, train_inputs).fingerprint != identify_train(tiny_config, other).fingerprint
+    assert Train(config, train_inputs).identity.fingerprint == Train(config, other).identity.fingerprint
+    assert Train(tiny_config, train_inputs).identity.fingerprint != Train(tiny_config, other).identity.fingerprint
 
 
 def test_a_recipe_that_the_base_was_not_trained_for_is_refused_before_the_first_step(
@@ -156,7 +159,7 @@ def test_a_recipe_that_the_base_was_not_trained_for_is_refused_before_the_first_
         update={"noise": tiny_config.noise.model_copy(update={"prediction_type": "epsilon"})}
     )
     with pytest.raises(ValueError, match=r"prediction_type is 'epsilon', but base .* was trained for 'v_prediction'"):
-        run_train(wrong, train_inputs, str(tmp_path), TrainResources(), World())
+        run_train(Train(wrong, train_inputs), str(tmp_path), TrainResources(), World())
     wrong = tiny_config.model_copy(update={"stem_channels": (4, 8)})
     with pytest.raises(ValueError, match="give 3 channels"):
-        run_train(wrong, train_inputs, str(tmp_path), TrainResources(), World())
+        run_train(Train(wrong, train_inputs), str(tmp_path), TrainResources(), World())

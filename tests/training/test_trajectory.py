@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from prompt_diffusion.annotators.annotate import run_annotate
+from prompt_diffusion.annotators.annotate import Annotate
 from prompt_diffusion.annotators.base import AnnotateResources
-from prompt_diffusion.data.ingest import run_ingest
+from prompt_diffusion.data.ingest import Ingest
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.engine.distributed import World
 from prompt_diffusion.presets import RunConfig, demo, smoke
 from prompt_diffusion.store.manifest import open_manifest
-from prompt_diffusion.training.encode import run_encode, run_encode_text
-from prompt_diffusion.training.stage import TrainInputs
+from prompt_diffusion.store.stage import Context, obtain
+from prompt_diffusion.training.encode import Encode, EncodeResources, EncodeText
+from prompt_diffusion.training.inputs import TrainInputs
+from prompt_diffusion.training.stage import Train
 from prompt_diffusion.training.train import run_train
 
 TRAJECTORY = Path(__file__).with_name("trajectory.json")
@@ -29,13 +31,18 @@ RELATIVE_TOLERANCE = 2e-3
 def compute_trajectory(store: str) -> list[float]:
     """Return the mean loss of each step, on the smoke preset's scenes."""
     config: RunConfig = smoke()
-    pairs = run_ingest(config.ingest, store)
-    maps = {each.condition: run_annotate(each, pairs, store, AnnotateResources()) for each in config.annotate}
+    pairs = obtain(Ingest(config.ingest), Context(store, None))
+    maps = {
+        each.condition: obtain(Annotate(each, pairs), Context(store, AnnotateResources())) for each in config.annotate
+    }
     inputs = TrainInputs(
         pairs=pairs,
         maps=maps,
-        latents={name: run_encode(config.encode, ref, store) for name, ref in {"image": pairs, **maps}.items()},
-        text=run_encode_text(config.encode, pairs, store),
+        latents={
+            name: obtain(Encode(config.encode, ref), Context(store, EncodeResources()))
+            for name, ref in {"image": pairs, **maps}.items()
+        },
+        text=obtain(EncodeText(config.encode, pairs), Context(store, EncodeResources())),
     )
     recipe = demo().train.model_copy(update={"batch_size": BATCH_SIZE, "num_steps": STEPS})
     losses: dict[int, float] = {}
@@ -45,7 +52,7 @@ def compute_trajectory(store: str) -> list[float]:
             losses[int(str(event["step"]))] = float(str(event["loss"]))
 
     resources = TrainResources(log_every_steps=1, device="cpu", device_batch_size=BATCH_SIZE, validate_every_steps=None)
-    ref = run_train(recipe, inputs, store, resources, World(), note)
+    ref = run_train(Train(recipe, inputs), store, resources, World(), note)
     assert ref is not None
     assert open_manifest(ref.uri).counts["skipped_steps"] == 0
     return [losses[step] for step in range(1, STEPS + 1)]

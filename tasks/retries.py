@@ -1,0 +1,17 @@
+"""When Prefect tries a task again."""
+
+from prefect import Task
+from prefect.client.schemas.objects import State, TaskRun
+
+from prompt_diffusion.training.launch import TimeLimitError
+from tasks.train import is_stopping
+
+
+def is_transient(made: "Task[..., object]", run: TaskRun, state: State[object]) -> bool:
+    """Say whether a retry can help.
+
+    It cannot with a user's mistake or damaged data, which are ValueErrors and stay so; nor where a training had its time, or
+    the run was asked to stop.
+    """
+    error = state.result(raise_on_failure=False)
+    return not isinstance(error, ValueError | TimeLimitError) and not is_stopping()
