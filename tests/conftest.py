@@ -18,7 +18,21 @@ if TYPE_CHECKING:
     from prompt_diffusion.training.inputs import TrainInputs
 
 _BUCKET = "tests"
-_LONG_FILES = ("test_launch.py", "test_reproduce.py", "test_deployments.py", "test_train_custom.py", "test_train.py")
+_SLOW_FIXTURES = {"prefect_environment", "s3_server", "store_root", "server", "studio", "browser"}
+_LONG_FILES = (
+    "test_reproduce.py",
+    "test_launch.py",
+    "test_train_custom.py",
+    "test_deployments.py",
+    "test_annotate_fan_out.py",
+    "test_photos_end_to_end.py",
+    "test_postgres.py",
+    "test_resume.py",
+    "test_browser.py",
+    "test_serving.py",
+    "test_tracker.py",
+    "test_faults.py",
+)
 _PORT_OPTIONS = (
     "master.port",
     "master.port.grpc",
@@ -38,8 +52,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest, so that two workers end at about the same time."""
-    items.sort(key=lambda item: item.path.name not in _LONG_FILES)
+    """Begin with the files that take longest, so that two workers end at about the same time; mark what needs a server."""
+    order = {name: place for place, name in enumerate(_LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if "store_root" in fixtures and item.callspec.params["store_root"] == "folder":
+            fixtures -= {"store_root"}
+        if fixtures & _SLOW_FIXTURES:
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,6 +11,8 @@ import pytest
 
 from tests.sharing import wait_until
 
+pytestmark = pytest.mark.slow
+
 # A shell's background jobs inherit a SIGINT that is ignored; a terminal's programs do not.
 PROGRAM = """
 import signal, sys, time

@@ -63,6 +63,36 @@ def studio(tiny_pipeline, tmp_path_factory, make_mlflow_database):
     stop_server(process)
 
 
+@pytest.fixture
+def settings(tmp_path):
+    from prompt_diffusion.settings import Settings
+
+    return Settings(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", cache_dir=tmp_path, store=str(tmp_path))
+
+
+@pytest.fixture
+def actions(settings, tiny_pipeline, tmp_path, monkeypatch):
+    """Return what the page's buttons do, for one model, on a page that others can reach."""
+    from prompt_diffusion.studio.actions import Actions
+    from prompt_diffusion.studio.maps import MapMaker
+    from prompt_diffusion.studio.models import ModelShelf
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "files"))
+    return Actions(ModelShelf(settings, tiny_pipeline, "cpu", takes_folders=False), MapMaker(settings, "cpu"))
+
+
+@pytest.fixture
+def make(actions, scene_files):
+    """Return what presses Generate with a query and these fields."""
+    from prompt_diffusion.studio.history import History
+
+    def press(fields, history=None, on_step=lambda done, total: None, visitor="someone"):
+        inputs = {"query": str(scene_files["query"]), "example_1_source": None, "example_1_target": None}
+        return actions.make(fields, inputs, history or History(), visitor, on_step)
+
+    return press
+
+
 @pytest.fixture(scope="session")
 def browser():
     sync_api = pytest.importorskip("playwright.sync_api", reason="no browser: the package playwright is not installed")

@@ -26,6 +26,8 @@ from tests.training import stub_training
 from tests.training.held_training import build_held_python
 from tests.warm import WarmProcess, run_module
 
+pytestmark = pytest.mark.slow
+
 OFTEN = {"checkpoint_every_seconds": 1e-6, "log_every_steps": 1, "device_batch_size": 4}
 
 

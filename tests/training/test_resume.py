@@ -18,6 +18,8 @@ from prompt_diffusion.training.launch import LAUNCHER_VARIABLE
 from prompt_diffusion.training.stage import Train, TrainSpec
 from tests.warm import WarmProcess, run_module
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = "prompt_diffusion.training.run"
 
 
