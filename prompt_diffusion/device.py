@@ -31,16 +31,24 @@ def choose_device(device: str, local_rank: int = 0) -> "torch.device":
     """
     import torch
 
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    name = ("cuda" if num_gpus else "cpu") if device == AUTO else device
-    if name == "cuda" and num_gpus:
-        name = f"cuda:{local_rank % num_gpus}"
+    name = name_device(device, torch.cuda.device_count() if torch.cuda.is_available() else 0, local_rank)
     try:
         chosen = torch.device(name)
         torch.zeros(1, device=chosen).item()  # asks for a number, which a device without memory ("meta") has not
     except (RuntimeError, AssertionError, NotImplementedError):  # torch's own messages name its build, not the way out
-        raise ValueError(f"device {device!r} cannot be used on this machine: use 'cpu' or 'auto'") from None
+        raise refuse(device) from None
     return chosen
+
+
+def name_device(device: str, num_gpus: int, local_rank: int = 0) -> str:
+    """Return the name in full of a setting's device, on a machine with that many GPUs."""
+    name = ("cuda" if num_gpus else "cpu") if device == AUTO else device
+    return f"cuda:{local_rank % num_gpus}" if name == "cuda" and num_gpus else name
+
+
+def refuse(device: str) -> ValueError:
+    """Return the one sentence of a device that this machine does not have."""
+    return ValueError(f"device {device!r} cannot be used on this machine: use 'cpu' or 'auto'")
 
 
 def takes_gpu(device: str) -> bool:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from prompt_diffusion.data.records import ARRAY_SHAPES_KEY, CONDITION_MAP_SCHEMA, IMAGE_PAIR_SCHEMA
 from prompt_diffusion.data.transforms import decode_image
-from prompt_diffusion.device import choose_device
+from prompt_diffusion.device import name_device, refuse
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.store.manifest import Manifest, StoredFile, open_manifest
 from prompt_diffusion.store.storage import join_uri, open_input
@@ -48,8 +48,10 @@ def check_training(config: TrainConfig, inputs: TrainInputs, resources: TrainRes
 
 def check_gpus(resources: TrainResources, num_gpus: int) -> None:
     """Raise ValueError where this machine, with that many GPUs, has not one for each process that is to have one."""
-    if choose_device(resources.device).type != "cuda":
+    if not name_device(resources.device, num_gpus).startswith("cuda"):
         return
+    if num_gpus == 0:
+        raise refuse(resources.device)
     if resources.num_processes > num_gpus:
         raise ValueError(
             f"{resources.num_processes} processes need a GPU each and this machine has {num_gpus}: lower num_processes, or "

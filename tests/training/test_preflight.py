@@ -134,7 +134,7 @@ def test_a_base_whose_autoencoder_is_another(train_inputs, tiny_config):
 @pytest.mark.parametrize(
     ("device", "num_processes", "num_gpus", "sentence"),
     [
-        ("cuda", 1, 0, "this machine has no usable GPU"),
+        ("cuda", 1, 0, "device .cuda. cannot be used on this machine"),
         ("cuda", 4, 2, "4 processes need a GPU each and this machine has 2"),
         ("auto", 4, 2, "4 processes need a GPU each and this machine has 2"),
         ("auto", 4, 0, None),
