@@ -257,6 +257,35 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def copy_smoke_inputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], str]:
+    """Return what puts the smoke preset's sealed pairs, maps, latents and texts into a folder and gives it as a store.
+
+    They are made once a run and hard-linked: a store's files are replaced, never changed.
+    """
+
+    def make(folder: Path) -> None:
+        from prompt_diffusion.annotators.annotate import Annotate
+        from prompt_diffusion.annotators.base import AnnotateResources
+        from prompt_diffusion.data.ingest import Ingest
+        from prompt_diffusion.presets import smoke
+        from prompt_diffusion.store.stage import Context, obtain
+        from prompt_diffusion.training.encode import Encode, EncodeResources, EncodeText
+
+        config, store = smoke(), str(folder)
+        pairs = obtain(Ingest(config.ingest), Context(store, None))
+        images = [pairs]
+        images += [obtain(Annotate(each, pairs), Context(store, AnnotateResources())) for each in config.annotate]
+        for stage in (*(Encode(config.encode, ref) for ref in images), EncodeText(config.encode, pairs)):
+            obtain(stage, Context(store, EncodeResources()))
+
+    def copy(target: Path) -> str:
+        made, _ = make_once(tmp_path_factory, "smoke", make)
+        return str(shutil.copytree(made, target, copy_function=os.link))
+
+    return copy
+
+
 @dataclass(frozen=True)
 class SceneInputs:
     """Sealed image pairs and condition maps."""
