@@ -92,9 +92,10 @@ def test_a_device_serves_one_part_at_a_time() -> None:
 
 
 @pytest.fixture
-def two_workers() -> Iterator[str]:
+def two_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Start a Ray cluster of two nodes with one CPU each, and return its address."""
     pytest.importorskip("ray", reason="no Ray: the extra 'ray' is not installed")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # by itself Ray would wait for everything else on a busy machine
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 VARIABLE = "HELD_TRAINING"
+# Ray's workers are nice to everybody else (15), and given up where they take more than a minute to start.
+RAY_ON_A_BUSY_MACHINE = "RAY_worker_niceness=0 RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S=800"
 _HELD_CALL = 7
 """Of the losses, in each process: once a step where a process takes its samples in one batch."""
 
@@ -18,7 +20,7 @@ def build_held_python(folder: Path) -> tuple[str, Path]:
     """Return the path of a program that is called as python is, and the file that its trainings wait for."""
     program, go = folder / "python", folder / "go"
     checkout = Path(__file__).parents[2]
-    variables = f"PYTHONPATH={checkout} {VARIABLE}={go}"
+    variables = f"PYTHONPATH={checkout} {VARIABLE}={go} {RAY_ON_A_BUSY_MACHINE}"
     program.write_text(f'#!/bin/sh\nexec env {variables} {sys.executable} -m tests.training.held_training "$@"\n')
     program.chmod(0o755)
     return str(program), go

@@ -221,7 +221,7 @@ def test_a_training_tells_a_mistake_as_an_event_and_under_torchrun_ends_well(
 
 
 def test_ray_that_is_not_installed_is_named(train_inputs, tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr("prompt_diffusion.training.launch.find_spec", lambda name: None)
+    monkeypatch.setattr("prompt_diffusion.training.stage.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="the engine 'ray' needs the extra 'ray'"):
         train(tiny_config, train_inputs, tmp_path, TrainResources(engine="ray"))
 
