@@ -11,7 +11,7 @@ export UV_SYSTEM_CERTS ?= 1
 STAMP := $(VENV)/.made-$(shell cat requirements.lock pyproject.toml Makefile | cksum | tr ' ' -)
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo test test-fast test-repeat check bench lock
+.PHONY: help environment demo test test-fast test-repeat check bench faults lock
 
 help:
 	@echo "make demo    everything, dataset to table, on this machine (again: only what changed)"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-repeat   the tests N times (N=5), with BUSY other processes that take a core each (BUSY=0)"
 	@echo "make check   lint, format, types, import contracts"
 	@echo "make bench   every speed claim, measured"
+	@echo "make faults  the smoke run killed at random moments, and what is left of it (many minutes)"
 	@echo "make environment   only .venv; every other target does it first"
 	@echo "make lock    resolve requirements.lock for what pyproject.toml asks now"
 
@@ -56,6 +57,10 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	@set -e; for script in benchmarks/[a-z]*.py; do $(BIN)/python "$$script"; done
+
+# Not part of the tests: it takes many minutes. `make faults ARGS="--kills 30 --seed 7"` draws other moments.
+faults: $(STAMP)
+	$(BIN)/python tests/faults/kill_loop.py $(ARGS)
 
 # Keeps every version that the lock has and the project still admits; `make lock ARGS=--upgrade` takes the newest.
 lock: $(UV)

@@ -20,8 +20,9 @@ from PIL import Image
 from prompt_diffusion.data.sampler import sample_generator
 from prompt_diffusion.data.transforms import Pixels, decode_image, encode_png
 from prompt_diffusion.engine.noise import draw_timestep
+from prompt_diffusion.image_files import open_image
 from prompt_diffusion.training.config import TrainConfig
-from prompt_diffusion.training.samples import Batch, SampleDraw
+from prompt_diffusion.training.samples import InContextBatch, SampleDraw
 
 Record = Mapping[str, bytes]
 IMAGES = ("example_source", "example_target", "query")
@@ -56,7 +57,7 @@ class PublishedLoader:
 
 
 def _open_jpeg(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
+    with open_image(path.read_bytes()) as image:
         resized = image.convert("RGB").resize((256, 256), Image.Resampling.LANCZOS)
     return np.asarray(resized).astype(np.float32) / 127.5 - 1.0
 
@@ -98,7 +99,7 @@ class Collator:
     """Text embeddings of the samples without one of their own, by index."""
     decode: Callable[[bytes], Pixels]
 
-    def make(self, records: Sequence[Record], find_generator: Callable[[int], np.random.Generator]) -> Batch:
+    def make(self, records: Sequence[Record], find_generator: Callable[[int], np.random.Generator]) -> InContextBatch:
         """Return the micro-batch of some records, each with the randomness of its index."""
         size, latents, texts = (len(records), 256, 256, 3), (len(records), 4, 32, 32), (len(records), 77, 768)
         images = {name: torch.empty(size, dtype=torch.uint8) for name in IMAGES}
@@ -117,9 +118,9 @@ class Collator:
             own = record["text"]
             embedding = np.frombuffer(own, np.float32).reshape(77, 768) if own else self.fixed_texts[index]
             text.numpy()[slot] = embedding
-        return Batch(
+        return InContextBatch(
             labels=[self.labels[index] for index in indices],
-            pairs=(images["example_source"], images["example_target"]),
+            example_pairs=(images["example_source"], images["example_target"]),
             has_example=torch.tensor([self.keeps_example[index] for index in indices]),
             queries=images["query"],
             clean=clean,
@@ -142,7 +143,7 @@ class LibraryLoader:
     def __init__(self, epochs: Iterator[Record], collator: Collator, batch_size: int) -> None:
         self.collator, self.batch_size, self._stream, self._taken = collator, batch_size, epochs, 0
 
-    def take(self, count: int) -> Batch:
+    def take(self, count: int) -> InContextBatch:
         """Load that many samples; return the last batch."""
         for _ in range(0, count, self.batch_size):
             records = list(itertools.islice(self._stream, self.batch_size))

@@ -42,7 +42,7 @@ def synchronise() -> None:
 
 
 def compare(seconds: Mapping[str, list[float]], items: float = 1.0) -> dict[str, Any]:
-    """Return ratio (above 1: ours is faster), the medians and the spread; with `items`, rates instead of seconds."""
+    """Return ratio (above 1: ours is faster), the medians and the spread; with ``items``, rates instead of seconds."""
     ratios = [peer / ours for ours, peer in zip(seconds["ours"], seconds["peer"], strict=True)]
     medians = {name: statistics.median(seconds[name]) for name in ("ours", "peer")}
     shown = {name: value if items == 1.0 else items / value for name, value in medians.items()}

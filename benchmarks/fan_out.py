@@ -2,7 +2,7 @@
 
 A dry fan-out: as many shards as InstructPix2Pix has (313,010 pairs, 256 a shard), each of one tiny pair and annotated by
 Canny, which takes no time, through the real flow against a real Prefect server, on SQLite and on Postgres (Debian's
-package `postgresql`). What it takes is orchestration and the store's own work. Measured in turn in one process: the
+package ``postgresql``). What it takes is orchestration and the store's own work. Measured in turn in one process: the
 library alone, parts of 32 shards, and one task a shard. The last line is one JSON object.
 """
 

@@ -3,7 +3,7 @@
 Ours: whole micro-batches (example pair and query as uint8, posterior sample, noise, timestep, text embedding; latents and text
 in SD v1.5's shapes) over a warm local shard cache, that is after the first epoch. The published loader: four 512 px JPEGs a
 sample, opened, resized by Lanczos to 256 px and stacked as float32, and nothing else. Also measured: webdataset, litdata and
-mosaicml-streaming fed the same samples, each a finished record (`_loader_peers.py`: their best case), and ours from a real
+mosaicml-streaming fed the same samples, each a finished record (``_loader_peers.py``: their best case), and ours from a real
 S3 server, in the first epoch (an empty cache: shards are fetched and decoded) and after it.
 
 Fed PNG, as they recommend, the libraries decode three images a sample. Fed raw pixels they decode none, and the best of them

@@ -32,6 +32,7 @@ from prompt_diffusion.data.shard_cache import ShardCache
 from prompt_diffusion.data.sources.scenes import ScenesConfig
 from prompt_diffusion.data.transforms import to_model_range
 from prompt_diffusion.engine.config import TrainResources
+from prompt_diffusion.engine.noise import draw_timestep, sample_noise
 from prompt_diffusion.engine.optimizer import build_optimizers
 from prompt_diffusion.model.base import Base
 from prompt_diffusion.model.controlnet import PromptDiffusionControlNet, predict_noise
@@ -45,13 +46,7 @@ from prompt_diffusion.training.encode import (
 )
 from prompt_diffusion.training.inputs import TrainInputs
 from prompt_diffusion.training.loss import InContextObjective
-from prompt_diffusion.training.samples import (
-    TrainingData,
-    draw_sample,
-    draw_timestep,
-    open_training_data,
-    sample_noise,
-)
+from prompt_diffusion.training.samples import TrainingData, draw_sample, open_training_data
 from prompt_diffusion.training.train import build_controlnet, place_networks, select_parameters
 
 CONDITIONS = ("depth", "hed", "seg")

@@ -13,7 +13,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from typing import Any
 
 import torch
 from _measuring import add_out_option, compare, describe_device, find_versions, finish
@@ -22,7 +21,8 @@ from torch import Tensor
 
 from prompt_diffusion.data.sampler import sample_generator
 from prompt_diffusion.engine.config import OptimizerConfig, TrainResources
-from prompt_diffusion.engine.distributed import ALONE, join_world
+from prompt_diffusion.engine.distributed import SINGLE_PROCESS, join_world
+from prompt_diffusion.engine.events import Event, StepEvent
 from prompt_diffusion.engine.loop import run_loop
 from prompt_diffusion.engine.objective import LoopPlan
 
@@ -68,18 +68,19 @@ def train(is_shared: bool, num_steps: int, batch_size: int) -> None:
     """Be a process of torchrun: train together, or each for itself; who reports prints its median samples/s."""
     objective, rates = Denoising(), []
 
-    def listen(event: dict[str, Any]) -> None:
-        rates.append(event["samples_per_second"])
+    def listen(event: Event) -> None:
+        if isinstance(event, StepEvent):
+            rates.append(event.samples_per_second)
 
     resources = TrainResources(device_batch_size=MICRO_BATCH, log_every_steps=1, checkpoint_every_seconds=1e9)
     with join_world("cpu", 1) as world, tempfile.TemporaryDirectory() as folder:
-        world.wait_for_all()
+        world.barrier()
         run_loop(
             objective,
             dict(objective.unet.named_parameters()),
             LoopPlan(num_steps, batch_size, OptimizerConfig(), folder),
             resources,
-            world if is_shared else ALONE,
+            world if is_shared else SINGLE_PROCESS,
             listen,
         )
     if rates:

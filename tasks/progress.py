@@ -1,7 +1,7 @@
-"""How a long stage says where it is: a line in the run's log now and then, and a bar in Prefect's page."""
+"""Progress of long stages in Prefect: a line in the run's log every few seconds, and a bar on its page."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from statistics import fmean
 from typing import Any
@@ -10,6 +10,7 @@ import httpx
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.logging import get_run_logger
 
+from prompt_diffusion.engine.events import Event, OnEvent, StepEvent, describe, describe_losses
 from prompt_diffusion.pretraining.stage import PretrainProgress
 from prompt_diffusion.store.records import Progress, ShardProgress
 from prompt_diffusion.store.stage import Report
@@ -20,34 +21,34 @@ _BAR_WIDTH = 10
 
 
 def log_progress(what: str, items_per_row: int = 1, unit: str = "rows") -> Report:
-    """Return a listener to a sharded stage that tells shards, rate, time left and rejects.
+    """Return a listener that logs a sharded stage's shards, rate, time left and rejects.
 
-    It writes to the log of the task run that it is made in, and keeps that run's progress artifact.
+    It writes to the log of the current task run, and keeps that run's progress artifact.
     """
     logger = get_run_logger()
     first: tuple[ShardProgress, float] | None = None
-    said = time.monotonic()
+    last_line = time.monotonic()
     show_bar = show_progress()
 
-    def report(told: Progress) -> None:
-        nonlocal first, said
-        assert isinstance(told, ShardProgress)
+    def report(progress: Progress) -> None:
+        nonlocal first, last_line
+        assert isinstance(progress, ShardProgress)
         now = time.monotonic()
-        first = first or (told, now)
-        if now - said < _SECONDS_BETWEEN_LINES and told.num_done < told.num_shards:
+        first = first or (progress, now)
+        if now - last_line < _SECONDS_BETWEEN_LINES and progress.num_done < progress.num_shards:
             return
-        said = now
-        # Counted from the first report on, for the shards that an earlier run left pass in no time before it.
-        num_timed, seconds = told.num_done - first[0].num_done, now - first[1]
+        last_line = now
+        # Timed from the first report on, since the shards of an earlier run take no time.
+        num_timed, seconds = progress.num_done - first[0].num_done, now - first[1]
         pace = ""
         if num_timed:
-            rate = (told.num_rows - first[0].num_rows) * items_per_row / seconds
-            left = timedelta(seconds=round((told.num_shards - told.num_done) * seconds / num_timed))
+            rate = (progress.num_rows - first[0].num_rows) * items_per_row / seconds
+            left = timedelta(seconds=round((progress.num_shards - progress.num_done) * seconds / num_timed))
             pace = f", {rate:.1f} {unit}/s, {left} left"
-        rejects = f", {told.num_rejects} rejected" if told.num_rejects else ""
-        line = f"{told.num_done} of {told.num_shards} shards, {told.num_rows * items_per_row} {unit}{rejects}{pace}"
+        rejects = f", {progress.num_rejects} rejected" if progress.num_rejects else ""
+        line = f"{progress.num_done} of {progress.num_shards} shards, {progress.num_rows * items_per_row} {unit}{rejects}{pace}"
         logger.info("%s: %s", what, line)
-        show_bar(100.0 * told.num_done / told.num_shards, f"{what}: {line}")
+        show_bar(100.0 * progress.num_done / progress.num_shards, f"{what}: {line}")
 
     return report
 
@@ -64,10 +65,10 @@ def log_pretraining() -> Report:
 
 
 def show_progress() -> Callable[[float, str], None]:
-    """Return what keeps a bar in Prefect's page, for the task run that it is made in: percent and a description.
+    """Return a function that sets percentage and description of a bar on Prefect's page, for the current task run.
 
-    There is one only of work that takes long enough to be looked at. A server that is away for a moment costs the bar an
-    update, and the work nothing.
+    Work that is done at the first call gets no bar. A server that is away for a moment costs the bar an update, and the work
+    nothing.
     """
     logger = get_run_logger()
     artifact: Any = None
@@ -80,75 +81,43 @@ def show_progress() -> Callable[[float, str], None]:
             elif percent < 100.0:
                 artifact = create_progress_artifact(percent, description=description)
         except httpx.HTTPError as error:
-            logger.warning("the bar in Prefect's page stays where it is: %s", error)
+            logger.warning("the bar on Prefect's page stays where it is: %s", error)
 
     return show
 
 
-def log_training(name: str) -> Callable[[dict[str, Any]], None]:
-    """Return a listener to a training's events.
+def log_training(name: str) -> OnEvent:
+    """Return a listener that logs a training's events and keeps the task run's progress artifact.
 
-    It writes a line with a bar, loss, speed and time left now and then, the losses of each vision task more rarely, every
-    validation, and the hardware; and keeps the task run's progress artifact.
+    A step is logged with a bar, every few seconds at most; the mean loss of each vision task, every minute at most; every
+    other event as it comes.
     """
     logger, show_bar = get_run_logger(), show_progress()
-    said = said_losses = 0.0
+    last_step_line = last_losses_line = 0.0
     losses: dict[str, list[float]] = {}
 
-    def report(event: dict[str, Any]) -> None:
-        nonlocal said, said_losses
-        if "command" in event:
-            logger.info("%s, by hand: %s", name, event["command"])
-        if "hardware" in event:
-            logger.info("%s: %s", name, describe_hardware(event["hardware"]))
-        if "validation_loss" in event:
-            best = ", the best so far" if event["is_best"] else ""
-            logger.info("%s step %d: validation loss %.4f%s", name, event["step"], event["validation_loss"], best)
-        if "loss" not in event:
+    def report(event: Event) -> None:
+        nonlocal last_step_line, last_losses_line
+        if not isinstance(event, StepEvent):
+            logger.info("%s: %s", name, describe(event))
             return
-        for label, loss in event["losses"].items():
+        for label, loss in event.losses.items():
             losses.setdefault(label, []).append(loss)
-        now, is_last = time.monotonic(), event["step"] == event["num_steps"]
-        if now - said >= _SECONDS_BETWEEN_LINES or is_last:
-            said = now
-            line = describe_step(event)
-            logger.info("%s %s", name, line)
-            show_bar(100.0 * event["step"] / event["num_steps"], f"{name}: {line.partition('] ')[2]}")
-        if len(losses) > 1 and (now - said_losses >= _SECONDS_BETWEEN_LOSSES or is_last):
-            said_losses = now
-            logger.info("%s", describe_losses(losses))
+        now, is_last = time.monotonic(), event.step == event.num_steps
+        if now - last_step_line >= _SECONDS_BETWEEN_LINES or is_last:
+            last_step_line = now
+            line = describe(event)
+            logger.info("%s %s %s", name, draw_bar(event.step, event.num_steps), line)
+            show_bar(100.0 * event.step / event.num_steps, f"{name}: {line}")
+        if len(losses) > 1 and (now - last_losses_line >= _SECONDS_BETWEEN_LOSSES or is_last):
+            last_losses_line = now
+            logger.info("%s: %s", name, describe_losses({label: fmean(values) for label, values in losses.items()}))
             losses.clear()
 
     return report
 
 
-def describe_step(event: Mapping[str, Any]) -> str:
-    """Return a bar, where the training stands, how well and how fast it goes: what is not known is left out."""
-    step, num_steps = event["step"], event["num_steps"]
-    filled = _BAR_WIDTH * step // num_steps
-    parts = [
-        f"[{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] step {step} of {num_steps}",
-        f"loss {event['loss']:.4f}",
-        f"gradient {event['gradient_norm']:.3g}",
-        f"{event['samples_per_second']:.1f} samples/s",
-    ]
-    if event.get("device_memory_bytes"):
-        parts.append(f"{event['device_memory_bytes'] / 1e9:.1f} GB")
-    if event.get("model_flops_per_second"):
-        flops = event["model_flops_per_second"]
-        parts.append(f"{flops / 1e12:.0f} TFLOP/s" if flops >= 1e13 else f"{flops / 1e9:.0f} GFLOP/s")
-    if event.get("num_skipped"):
-        parts.append(f"{event['num_skipped']} skipped")
-    parts.append(f"{timedelta(seconds=round(event['eta_seconds']))} left")
-    return ", ".join(parts)
-
-
-def describe_losses(losses: Mapping[str, Sequence[float]]) -> str:
-    """Return the mean loss of each vision task."""
-    means = (f"{label.replace('_to_', '→')} {fmean(values):.3f}" for label, values in sorted(losses.items()))
-    return "losses " + ", ".join(means)
-
-
-def describe_hardware(hardware: Mapping[str, Any]) -> str:
-    """Return the hardware in one line: what its event says, by name."""
-    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in hardware.items())
+def draw_bar(done: int, total: int) -> str:
+    """Return a bar of text, such as ``[###.......]``."""
+    filled = _BAR_WIDTH * done // total
+    return f"[{'#' * filled}{'.' * (_BAR_WIDTH - filled)}]"

@@ -1,13 +1,17 @@
-"""Bars on standard error, drawn in a terminal: of denoising steps (elsewhere a line every quarter) and of phases."""
+"""Progress bars on standard error: of denoising steps (a line every quarter where it is not a terminal) and of phases."""
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prompt_diffusion.generation import OnStep
 
 
 @contextmanager
-def show_steps(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Give what is told the steps done and their number."""
+def show_steps(title: str) -> "Iterator[OnStep]":
+    """Yield a function to call with the number of steps done and their total."""
     if not sys.stderr.isatty():
         yield lambda done, total: _print_quarter(title, done, total)
         return
@@ -22,7 +26,7 @@ def show_steps(title: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def show_phases(count: int) -> Iterator[Callable[[str], None]]:
-    """Give what is told what begins now, that many times."""
+    """Yield a function to call with the name of each phase as it begins, ``count`` times in all."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

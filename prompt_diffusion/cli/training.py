@@ -1,13 +1,19 @@
-"""Training from the command line: run it, or say beforehand what it would take."""
+"""Training from the command line: run it, or print beforehand what it would cost."""
 
 import os
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prompt_diffusion.cli.shared import OverridesOption, PresetOption, StoreOption, parse_overrides, say_errors
+from prompt_diffusion.cli.shared import (
+    OverridesOption,
+    PresetOption,
+    StoreOption,
+    need_flows,
+    parse_overrides,
+    say_errors,
+)
 
 if TYPE_CHECKING:
     from prompt_diffusion.presets import RunConfig
@@ -19,23 +25,24 @@ def train(
     preset: PresetOption = "demo",
     overrides: OverridesOption = None,
     store: StoreOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take; train nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would cost; train nothing.")] = False,
     teraflops: Annotated[
         float | None,
         typer.Option(min=0.001, help="With --dry-run: sustained TFLOP/s of a device, to predict the time."),
     ] = None,
 ) -> None:
-    """Train the model of all vision tasks, and what it needs before; a training that was stopped goes on.
+    """Train the model of all vision tasks, running the stages before it as needed; a training that was stopped resumes.
 
     Example: prompt-diffusion train --preset paper --set train.batch_size=256 --dry-run
     """
     changes = parse_overrides(overrides or [])
-    # the flows stand above the library: looked up by name here, where a person asked for one
-    embedded = import_module("flows.embedded")
+    with need_flows():
+        from flows.embedded import find_train_identity, train_here
+
     if not dry_run:
-        # a thread that waits sleeps instead of spinning: on a machine that does other things too, spinning costs far more
+        # waiting threads sleep instead of spinning, which costs far more on a shared machine
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        print(f"model: {embedded.train_here(preset, changes, store, Path('outputs/prefect')).uri}")
+        print(f"model: {train_here(preset, changes, store, Path('outputs/prefect')).uri}")
         return
     from prompt_diffusion.presets import build_preset
     from prompt_diffusion.training.forecast import forecast_training
@@ -44,14 +51,14 @@ def train(
     forecast = forecast_training(config.train, config.resources.train, config.ingest.image_size)
     _print_recipe(config)
     try:
-        print(f"fingerprint: {embedded.find_train_identity(preset, changes, store).fingerprint}")
-    except (ValueError, OSError) as error:  # the stages before are not made, or cannot be found from here
+        print(f"fingerprint: {find_train_identity(preset, changes, store).fingerprint}")
+    except (ValueError, OSError) as error:  # the stages before are not sealed, or cannot be found from here
         print(f"fingerprint: known once the stages before are sealed ({error})")
     _print_forecast(config, forecast, teraflops)
 
 
 def _print_recipe(config: "RunConfig") -> None:
-    """Print every field of the recipe, and those of the resources that are not at their defaults."""
+    """Print every field of the recipe, and the resources that are not at their defaults."""
     print("recipe:")
     for name, value in config.train.model_dump(mode="json").items():
         print(f"  {name}: {value}")
@@ -62,7 +69,7 @@ def _print_recipe(config: "RunConfig") -> None:
 
 
 def _print_forecast(config: "RunConfig", forecast: "Forecast", teraflops: float | None) -> None:
-    from prompt_diffusion.training.forecast import PRESUMED_TERAFLOPS
+    from prompt_diffusion.training.forecast import ASSUMED_TERAFLOPS
 
     resources = config.resources.train
     print(f"base: {forecast.layout}")
@@ -76,19 +83,21 @@ def _print_forecast(config: "RunConfig", forecast: "Forecast", teraflops: float 
         f"arithmetic: {forecast.gigaflop_per_sample:.3g} GFLOP a sample (forward and backward, counted on fake tensors)"
     )
     print(f"memory of each process, estimated: {_gigabytes(forecast.memory_bytes)}")
-    for name in ("weights", "gradients", "optimizer", "averages", "constant"):
-        title = "low-precision copies of weights" if name == "constant" else name
-        print(f"  {title}: {_gigabytes(getattr(forecast, f'{name}_bytes'))}")
+    print(f"  weights: {_gigabytes(forecast.weights_bytes)}")
+    print(f"  gradients: {_gigabytes(forecast.gradients_bytes)}")
+    print(f"  optimizer: {_gigabytes(forecast.optimizer_bytes)}")
+    print(f"  EMA: {_gigabytes(forecast.ema_bytes)}")
+    print(f"  low-precision copies of weights: {_gigabytes(forecast.autocast_bytes)}")
     each = _gigabytes(forecast.activations_bytes_per_sample)
-    print(f"  activations: {each} a sample, {forecast.device_samples} samples at once", end="")
-    print("" if resources.device_batch_size else " (all of its share; halved until the memory suffices)")
+    print(f"  activations: {each} a sample, micro-batches of {forecast.micro_batch_size}", end="")
+    print("" if resources.device_batch_size else " (the whole share of the batch; halved until it fits into memory)")
     if resources.gradient_checkpointing:
-        print("  with gradient checkpointing the activations take less than that")
+        print("  (less with gradient checkpointing, which this estimate leaves out)")
     print(f"checkpoint: {_gigabytes(forecast.checkpoint_bytes)}")
-    rate = teraflops or PRESUMED_TERAFLOPS[config.train.precision]
+    rate = teraflops or ASSUMED_TERAFLOPS[config.train.precision]
     seconds = forecast.predict_seconds(rate, resources.num_processes)
     time = f"{seconds / 3600:.3g} hours" if seconds > 3600 else f"{seconds:.3g} seconds"
-    source = "as given" if teraflops else f"presumed of an H100 in {config.train.precision}"
+    source = "as given" if teraflops else f"assumed of an H100 in {config.train.precision}"
     print(f"time: {time}, predicted, not measured: {resources.num_processes} x {rate:g} TFLOP/s sustained ({source})")
 
 

@@ -1,10 +1,9 @@
-"""Checkpoints: safetensors and JSON, complete or absent, so that the same command goes on where it stopped.
+"""Checkpoints: safetensors and JSON, complete or absent, so that the same command resumes where it stopped.
 
 A checkpoint is a folder ``checkpoints/step-00000500/`` whose ``state.json`` is written last and holds the digests of the
-rest: without it, or with a digest that does not fit, the folder does not count.
+other files and its own: without it, or with a digest that does not match, the folder is ignored.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -15,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,31 +25,52 @@ from torch.optim import Optimizer
 from prompt_diffusion.engine.config import OptimizerConfig
 from prompt_diffusion.engine.optimizer import estimate_state_bytes
 from prompt_diffusion.store import storage
+from prompt_diffusion.store.digest import digest_file
+from prompt_diffusion.store.fingerprint import compute_digest
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS_FILE, OPTIMIZER_FILE, AVERAGES_FILE = "weights.safetensors", "optimizer.safetensors", "averages.safetensors"
+WEIGHTS_FILE, OPTIMIZER_FILE, EMA_FILE = "weights.safetensors", "optimizer.safetensors", "ema.safetensors"
+_EARLIER_EMA_FILE = "averages.safetensors"
+"""The name of ``EMA_FILE`` in earlier checkpoints, which can still be resumed."""
 _STATE_FILE = "state.json"
+_STATE_DIGEST = "sha256"
 _PREFIX = "step-"
 _NEWEST_KEPT = 2
 _ROOM_FOR_CHECKPOINTS = 3
-"""The two newest and the one that is being written."""
+"""The two newest and the one being written."""
+
+
+class LossRecord(TypedDict):
+    """The loss of one label in one step."""
+
+    step: int
+    label: str
+    loss: float
+    num_samples: int
+
+
+class ValidationRecord(TypedDict):
+    """The loss of one validation."""
+
+    step: int
+    loss: float
 
 
 @dataclass
-class Progress:
-    """Where a training stands, beside its tensors."""
+class TrainState:
+    """The state of a training apart from its tensors."""
 
     step: int = 0
-    """Steps done, those that were skipped among them."""
+    """Steps done, skipped ones included."""
     num_skipped: int = 0
-    """Steps whose update was left out, because loss or gradient was not finite or too large."""
+    """Steps without an update, because loss or gradient was not finite or too large."""
     skipped_in_a_row: int = 0
-    """How many of them were the last ones."""
-    history: list[dict[str, Any]] = field(default_factory=list)
-    """One record a step and label: ``step``, ``label``, ``loss``, ``num_samples``."""
-    validations: list[dict[str, Any]] = field(default_factory=list)
-    """One record a validation: ``step``, ``loss``."""
+    """How many of the latest steps were skipped, without one in between that was not."""
+    history: list[LossRecord] = field(default_factory=list)
+    """The losses of every step, one record for each label in its batch."""
+    validations: list[ValidationRecord] = field(default_factory=list)
+    """The validations so far."""
     seconds: float = 0.0
     """Seconds of training so far, over all attempts (reported, never used)."""
 
@@ -59,8 +79,8 @@ def choose_kept(steps: Collection[int], validations: Mapping[int, float], num_st
     """Return which of the checkpoints at ``steps`` are kept: the two newest, the best, and the spaced ones.
 
     The best has the lowest finite validation loss (``validations``, by step), the earliest of equals. The spaced ones are
-    the first at or after each of the ``num_spaced`` marks that part ``num_steps`` evenly. A checkpoint once dropped would
-    never be asked for later: to drop as one goes leaves the same as to drop at the end.
+    the first at or after each of the ``num_spaced`` marks that divide ``num_steps`` evenly. Once not kept, a checkpoint is
+    never wanted later: deleting after every save leaves the same ones as deleting once at the end.
     """
     kept = set(sorted(steps)[-_NEWEST_KEPT:])
     scored = [step for step in steps if math.isfinite(validations.get(step, math.nan))]
@@ -83,7 +103,7 @@ def flatten_optimizers(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
 
 
 def restore_optimizers(optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor]) -> None:
-    """Put back what ``flatten_optimizers`` gave; the groups keep the recipe's own settings."""
+    """Load what ``flatten_optimizers`` returned; the parameter groups keep the recipe's own settings."""
     for number, optimizer in enumerate(optimizers):
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
@@ -94,17 +114,17 @@ def restore_optimizers(optimizers: Sequence[Optimizer], tensors: Mapping[str, Te
 
 
 def estimate_checkpoint_bytes(parameters: Mapping[str, Tensor], config: OptimizerConfig) -> int:
-    """Return the bytes of a checkpoint's tensors: weights, their averages if the recipe keeps them, optimizer state."""
+    """Return the bytes of a checkpoint's tensors: weights, their EMA if the recipe keeps one, optimizer state."""
     weights = sum(parameter.nbytes for parameter in parameters.values())
     return weights * (1 if config.ema_decay is None else 2) + estimate_state_bytes(parameters, config)
 
 
 def check_room(folder: str, checkpoint_bytes: int) -> None:
-    """Raise ValueError where the disk of a local checkpoint folder has not the room that a run begins with."""
+    """Raise ValueError where the disk of a local checkpoint folder has too little room for the checkpoints of a run."""
     path = storage.local_path(folder)
     if path is None:
         return
-    # A run that goes on has some of them already, but never the one that it writes next.
+    # A run that resumes has some of them already, but never the one that it writes next.
     num_missing = max(_ROOM_FOR_CHECKPOINTS - len(list_checkpoints(folder)), 1)
     existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
     needed, free = num_missing * checkpoint_bytes, shutil.disk_usage(existing).free
@@ -115,22 +135,22 @@ def check_room(folder: str, checkpoint_bytes: int) -> None:
         )
 
 
-def write_checkpoint(folder: str, files: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-    """Write a checkpoint at ``state["step"]`` below ``folder`` (a URI), its state last.
+def write_checkpoint(folder: str, files: Mapping[str, Mapping[str, Tensor]], state: TrainState) -> None:
+    """Write the checkpoint of a step below ``folder`` (a URI), ``state.json`` last.
 
     ``files``: contiguous tensors on the CPU by name, by file.
     """
-    target = storage.join_uri(folder, _name_checkpoint(state["step"]))
+    target = storage.join_uri(folder, _name_checkpoint(state.step))
     digests = {
         file: _write_tensors(storage.join_uri(target, file), tensors) for file, tensors in files.items() if tensors
     }
-    storage.write_bytes(storage.join_uri(target, _STATE_FILE), json.dumps({**state, "digests": digests}).encode())
+    storage.write_bytes(storage.join_uri(target, _STATE_FILE), _encode_state({**vars(state), "digests": digests}))
 
 
-def drop_checkpoints(folder: str, state: Mapping[str, Any], num_steps: int, num_spaced: int) -> None:
-    """Delete what ``choose_kept`` does not keep, and what a killed run left half written."""
+def delete_checkpoints(folder: str, state: TrainState, num_steps: int, num_spaced: int) -> None:
+    """Delete the checkpoints that ``choose_kept`` does not keep, and those that a killed run left incomplete."""
     steps = {int(name.removeprefix(_PREFIX)) for name in list_checkpoints(folder)}
-    validations = {record["step"]: record["loss"] for record in state["validations"]}
+    validations = {record["step"]: record["loss"] for record in state.validations}
     kept = {_name_checkpoint(step) for step in choose_kept(steps, validations, num_steps, num_spaced)}
     found = {file.split("/")[0] for file in storage.list_files(folder) if file.startswith(_PREFIX)}
     for name in found - kept:
@@ -143,23 +163,50 @@ def list_checkpoints(folder: str) -> list[str]:
 
 
 def restore_checkpoint(
-    folder: str, parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer], averages: Mapping[str, Tensor]
-) -> Progress:
-    """Load the newest whole checkpoint into what it was made of; a fresh ``Progress`` where there is none."""
+    folder: str, parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer], ema: Mapping[str, Tensor]
+) -> TrainState:
+    """Load the newest whole checkpoint into the tensors and optimizers; a fresh ``TrainState`` where there is none."""
     for name in reversed(list_checkpoints(folder)):
         uri = storage.join_uri(folder, name)
-        state = json.loads(storage.read_bytes(storage.join_uri(uri, _STATE_FILE)))
-        digests = state.pop("digests")
-        with _fetch(uri, digests) as files:
-            damaged = [file for file, path in files.items() if _compute_digest(path) != digests[file]]
-            if damaged:
-                logger.warning("checkpoint %s is damaged (%s): taking the one before", uri, ", ".join(damaged))
-                continue
-            _fill(parameters, files[WEIGHTS_FILE], uri)
-            _fill(averages, files.get(AVERAGES_FILE), uri)
-            restore_optimizers(optimizers, dict(_read_tensors(files.get(OPTIMIZER_FILE))))
-        return Progress(**state)
-    return Progress()
+        try:
+            state, digests = _parse_state(storage.read_bytes(storage.join_uri(uri, _STATE_FILE)), name)
+            with _fetch(uri, digests) as files:
+                damaged = [file for file, path in files.items() if digest_file(path) != digests[file]]
+                if damaged:
+                    raise _DamagedCheckpointError(f"{', '.join(damaged)} changed")
+                _load_into(parameters, files[WEIGHTS_FILE], uri)
+                _load_into(ema, files.get(EMA_FILE, files.get(_EARLIER_EMA_FILE)), uri)
+                restore_optimizers(optimizers, dict(_read_tensors(files.get(OPTIMIZER_FILE))))
+        except (_DamagedCheckpointError, FileNotFoundError) as error:
+            logger.warning("checkpoint %s is damaged (%s): using the one before it", uri, error)
+            continue
+        return state
+    return TrainState()
+
+
+class _DamagedCheckpointError(Exception):
+    """A checkpoint is not what was written; the message says what of it."""
+
+
+def _encode_state(state: Mapping[str, Any]) -> bytes:
+    """Return the text of ``state.json``: the state, and the digest of its own text."""
+    return json.dumps({**state, _STATE_DIGEST: compute_digest(json.dumps(state).encode())}).encode()
+
+
+def _parse_state(content: bytes, name: str) -> tuple[TrainState, dict[str, str]]:
+    """Return what ``state.json`` of the checkpoint of that name says, and the digests of the other files."""
+    try:
+        fields = json.loads(content)
+        digest = fields.pop(_STATE_DIGEST, None)  # earlier checkpoints have none
+        if digest is not None and digest != compute_digest(json.dumps(fields).encode()):
+            raise _DamagedCheckpointError(f"{_STATE_FILE} changed")
+        digests: dict[str, str] = fields.pop("digests")
+        state = TrainState(**fields)
+        if _name_checkpoint(state.step) != name:
+            raise _DamagedCheckpointError(f"{_STATE_FILE} is that of step {state.step}")
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise _DamagedCheckpointError(f"{_STATE_FILE} cannot be read") from error
+    return state, digests
 
 
 def _name_checkpoint(step: int) -> str:
@@ -167,7 +214,7 @@ def _name_checkpoint(step: int) -> str:
 
 
 def _write_tensors(uri: str, tensors: Mapping[str, Tensor]) -> str:
-    """Write tensors as safetensors straight to the disk, a remote file by way of a temporary one; return the digest."""
+    """Write tensors as safetensors, a remote file by way of a temporary local one; return the digest."""
     path = storage.local_path(uri)
     if path is None:
         with tempfile.TemporaryDirectory() as scratch:
@@ -182,12 +229,12 @@ def _write_tensors(uri: str, tensors: Mapping[str, Tensor]) -> str:
         raise OSError(f"cannot write {uri}: {error}") from error
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return _compute_digest(path)
+    return digest_file(path)
 
 
 @contextmanager
 def _fetch(uri: str, names: Collection[str]) -> Iterator[dict[str, Path]]:
-    """Give local paths of the files of a folder that are there, by name; remote ones are copied for as long as it takes."""
+    """Yield the local paths of a folder's files, by name; remote files are copied while the block runs."""
     path = storage.local_path(uri)
     if path is not None:
         yield {name: path / name for name in names}
@@ -199,21 +246,16 @@ def _fetch(uri: str, names: Collection[str]) -> Iterator[dict[str, Path]]:
         yield {name: Path(scratch, name) for name in names}
 
 
-def _compute_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _read_tensors(path: Path | None) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a file one by one, in memory of their own; nothing where there is no file."""
+    """Yield the tensors of a file one by one, each a copy in memory; nothing where there is no file."""
     if path is not None:
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no mapping
+            for name in file.keys():  # noqa: SIM118 - it is not a mapping
                 yield name, file.get_tensor(name).clone()
 
 
 @torch.no_grad()
-def _fill(tensors: Mapping[str, Tensor], path: Path | None, uri: str) -> None:
+def _load_into(tensors: Mapping[str, Tensor], path: Path | None, uri: str) -> None:
     missing = set(tensors)
     for name, saved in _read_tensors(path):
         if name not in missing or saved.shape != tensors[name].shape:

@@ -1,22 +1,23 @@
-"""Checkpoints that are written beside the training: a copy of the state is taken at once, a thread brings it to the store."""
+"""Asynchronous checkpoints: the state is copied to the CPU at once, and a thread writes the copy to the store."""
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from prompt_diffusion.engine.checkpoint import (
-    AVERAGES_FILE,
+    EMA_FILE,
     OPTIMIZER_FILE,
     WEIGHTS_FILE,
-    Progress,
-    drop_checkpoints,
+    TrainState,
+    delete_checkpoints,
     flatten_optimizers,
     write_checkpoint,
 )
@@ -26,17 +27,25 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one run below ``folder`` (a URI), one at a time, and drops those that are not kept.
+    """Writes the checkpoints of one run below ``folder`` (a URI), one at a time, and deletes those that are not kept.
 
+    ``check_owner`` raises where another run has taken the folder over: then nothing is written or deleted any more.
     An error of the writing thread is raised by the next ``save`` or ``wait``; where another exception ends the block, it is
-    logged. The block is left when nothing is under way any more.
+    logged. Leaving the block waits for the last checkpoint.
     """
 
-    def __init__(self, folder: str, num_steps: int, resources: TrainResources) -> None:
+    def __init__(
+        self,
+        folder: str,
+        num_steps: int,
+        resources: TrainResources,
+        check_owner: Callable[[], None] | None = None,
+    ) -> None:
         self.folder, self.num_steps, self.resources = folder, num_steps, resources
+        self._check_owner = check_owner
         self._pool = ThreadPoolExecutor(1, "checkpoint")
-        self._under_way: Future[None] | None = None
-        self._copies: dict[str, dict[str, Tensor]] = {}
+        self._pending: Future[None] | None = None
+        self._host_copies: dict[str, dict[str, Tensor]] = {}
         self._saved = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -56,44 +65,48 @@ class CheckpointWriter:
 
     @property
     def is_due(self) -> bool:
-        """Whether the time between checkpoints has passed; a slow store makes it longer, it does not stop the training."""
-        is_idle = self._under_way is None or self._under_way.done()
+        """Whether the next checkpoint is due; a slow store delays it, and does not hold up the training."""
+        is_idle = self._pending is None or self._pending.done()
         return is_idle and time.monotonic() - self._saved >= self.resources.checkpoint_every_seconds
 
     def save(
         self,
         parameters: Mapping[str, Tensor],
         optimizers: Sequence[Optimizer],
-        progress: Progress,
-        averages: Mapping[str, Tensor],
+        state: TrainState,
+        ema: Mapping[str, Tensor],
     ) -> None:
-        """Copy the state to the CPU and return; the copy is written meanwhile."""
+        """Copy the state to the CPU and return; the copy is written in the background."""
         self.wait()
         contents = {
             WEIGHTS_FILE: parameters,
             OPTIMIZER_FILE: flatten_optimizers(optimizers),
-            AVERAGES_FILE: averages,
+            EMA_FILE: ema,
         }
         for file, tensors in contents.items():
-            _copy(tensors, self._copies.setdefault(file, {}))
-        lists = {"history": list(progress.history), "validations": list(progress.validations)}
-        self._under_way = self._pool.submit(self._write, vars(progress) | lists)
+            _copy_to_host(tensors, self._host_copies.setdefault(file, {}))
+        snapshot = replace(state, history=list(state.history), validations=list(state.validations))
+        self._pending = self._pool.submit(self._write, snapshot)
         self._saved = time.monotonic()
 
     def wait(self) -> None:
-        """Return when no checkpoint is under way; an error of the writer is raised here."""
-        under_way, self._under_way = self._under_way, None
-        if under_way is not None:
-            under_way.result()
+        """Wait for the checkpoint being written; an error of the writer is raised here."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
-    def _write(self, state: Mapping[str, Any]) -> None:
-        write_checkpoint(self.folder, self._copies, state)
-        drop_checkpoints(self.folder, state, self.num_steps, self.resources.spaced_checkpoints)
+    def _write(self, state: TrainState) -> None:
+        if self._check_owner is not None:
+            self._check_owner()
+        write_checkpoint(self.folder, self._host_copies, state)
+        if self._check_owner is not None:
+            self._check_owner()
+        delete_checkpoints(self.folder, state, self.num_steps, self.resources.spaced_checkpoints)
 
 
 @torch.no_grad()
-def _copy(tensors: Mapping[str, Tensor], copies: dict[str, Tensor]) -> None:
-    """Copy tensors over those of the last time, contiguous on the CPU; from a GPU into pinned memory, at the bus's speed."""
+def _copy_to_host(tensors: Mapping[str, Tensor], copies: dict[str, Tensor]) -> None:
+    """Copy tensors into contiguous buffers on the CPU, which are reused; from a GPU they are pinned, for a fast copy."""
     for name, tensor in tensors.items():
         if name not in copies:
             copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)

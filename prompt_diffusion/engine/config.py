@@ -1,4 +1,4 @@
-"""What any training is told: optimizer and noise (scientific: they move fingerprints) and resources (which never do)."""
+"""What configures any training: optimizer and noise (scientific: they enter the fingerprint) and resources (which never do)."""
 
 from pathlib import Path
 from typing import Literal
@@ -33,9 +33,9 @@ class OptimizerConfig(FrozenModel):
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest norm of the gradient over all parameters; None leaves it alone, as published."""
     skip_norm: float | None = Field(default=None, gt=0)
-    """Norm of the gradient above which a step is skipped and counted; None skips only what is not finite."""
+    """Norm of the gradient above which a step is skipped and counted; None skips only steps that are not finite."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of the average of the weights that is kept beside them and becomes the model; None keeps none, as published."""
+    """Decay of the weights' exponential moving average (EMA), which then becomes the model; None keeps none, as published."""
 
 
 class NoiseConfig(FrozenModel):
@@ -48,7 +48,7 @@ class NoiseConfig(FrozenModel):
     late_timesteps: int = Field(default=150, ge=1, le=1000)
     """How many of the noisiest timesteps that share is drawn from."""
     min_snr_gamma: float | None = Field(default=None, gt=0)
-    """Weight a sample's loss by min(SNR, gamma) (Hang et al., arXiv 2303.09556); None weighs all alike, as published."""
+    """Weight a sample's loss by min(SNR, gamma) (Hang et al., arXiv 2303.09556); None weights all alike, as published."""
 
 
 class TrainResources(FrozenModel):
@@ -61,29 +61,31 @@ class TrainResources(FrozenModel):
     num_processes: int = Field(default=1, ge=1)
     """Processes that share each step's batch: one a GPU."""
     threads_per_process: int = Field(default=1, ge=1)
-    """CPU threads of each process; 1 on a shared machine, where spinning threads cost far more than they give."""
+    """CPU threads of each process; 1 on a shared machine, where spinning threads cost more than they gain."""
     device: str = AUTO
     """Where to compute: ``cpu``, ``cuda`` (a GPU for each process), ``cuda:1``; ``auto`` takes GPUs where there are some."""
     time_limit_seconds: float | None = Field(default=None, gt=0)
-    """Time after which the training is asked to save and stop, as by SIGTERM; the same run goes on later."""
+    """Time after which the training saves a checkpoint and stops, as after SIGTERM; the same run resumes later."""
     device_batch_size: int | None = Field(default=None, ge=1)
-    """Samples a process holds at once; the batch is accumulated over as many passes as it takes. None finds it by trial: all
-    of the process's share, halved as long as the device's memory does not suffice."""
+    """Samples of a micro-batch: a process accumulates gradients over as many as its share of the batch takes. None finds the
+    size by trial: the whole share, halved for as long as the device is out of memory."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, a third more arithmetic."""
+    """Recompute activations in the backward pass: less memory, a third more arithmetic."""
     compile: bool = False
-    """Compile the networks with torch.compile: a minute or more at the start."""
+    """Compile the networks with torch.compile, which takes a minute or more at the start."""
     loader_threads: int = Field(default=2, ge=1)
-    """Threads a process that fetch shards and prepare samples ahead of the device."""
+    """Threads of each process that fetch shards and prepare samples ahead of the device."""
     cache_dir: Path | None = None
     """Folder of the local shard cache, best on a fast disk; None takes PROMPT_DIFFUSION_CACHE_DIR's."""
     cache_bytes: int | None = Field(default=None, gt=0)
-    """Most bytes that the shard cache may take: the least recently used shards go first. None sets no limit."""
+    """Limit of the shard cache: the least recently used shards are deleted first. None sets no limit."""
     checkpoint_every_seconds: float = Field(default=60.0, gt=0)
     """Time between checkpoints."""
     spaced_checkpoints: int = Field(default=3, ge=0)
-    """Checkpoints that are kept beside the last two and the best, evenly spaced over the steps."""
+    """Checkpoints kept besides the last two and the best, evenly spaced over the steps."""
     validate_every_steps: int | None = Field(default=500, ge=1)
-    """Steps between two validations: a loss over fixed validation samples and a grid of pictures. None makes none."""
+    """Steps between two validations: a loss over fixed validation samples and a grid of images. None turns them off."""
     log_every_steps: int = Field(default=10, ge=1)
     """Steps between points sent to the tracker and the terminal."""
+    profile_steps: int | None = Field(default=None, ge=1)
+    """Steps to record with torch.profiler, after the first two; the trace is written beside the checkpoints."""

@@ -1,4 +1,4 @@
-"""The processes of one training: who am I, how many are we, and how do we add things up."""
+"""Distributed training: this process's rank and device, and the collectives between processes."""
 
 import os
 import platform
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prompt_diffusion.device import choose_device
+from prompt_diffusion.engine.events import HardwareEvent
 
 CPU = torch.device("cpu")
 _BUCKET_BYTES = 1 << 28
@@ -25,53 +26,53 @@ class World:
     size: int = 1
     device: torch.device = CPU
     stop_requested: threading.Event = field(default_factory=threading.Event)
-    """The wish to stop: the loop saves and leaves; set by a signal, or by whoever runs the loop outside the main thread."""
+    """Asks the loop to save a checkpoint and stop; set by a signal, or by another thread."""
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes checkpoints and reports."""
         return self.rank == 0
 
-    def describe(self) -> dict[str, str | int | float]:
-        """Return what this process runs on: device, processes in all, its machine's cores, threads and memory."""
+    def describe_hardware(self) -> HardwareEvent:
+        """Return what this process runs on."""
         is_gpu = self.device.type == "cuda"
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return {
-            "device": torch.cuda.get_device_name(self.device) if is_gpu else f"CPU {platform.machine()}",
-            "processes": self.size,
-            "threads_per_process": torch.get_num_threads(),
-            "cpu_cores": os.cpu_count() or 0,
-            "memory_gigabytes": round(memory / 1e9, 1),
-        }
+        return HardwareEvent(
+            device=torch.cuda.get_device_name(self.device) if is_gpu else f"CPU {platform.machine()}",
+            num_processes=self.size,
+            threads_per_process=torch.get_num_threads(),
+            cpu_cores=os.cpu_count() or 0,
+            memory_gigabytes=round(memory / 1e9, 1),
+        )
 
-    def sum_in_place(self, tensor: Tensor) -> None:
+    def all_reduce(self, tensor: Tensor) -> None:
         """Replace the tensor by its sum over all processes."""
         if self.size > 1:
             dist.all_reduce(tensor)
 
-    def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Replace every gradient by its sum over all processes, in messages of ``_BUCKET_BYTES`` at most.
+    def all_reduce_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Replace every gradient by its sum over all processes, in buckets of at most ``_BUCKET_BYTES``.
 
-        A gradient that is larger goes alone, as it lies. While one message travels, the next is packed.
+        A larger gradient is reduced alone, without a copy. While one bucket is reduced, the next one is flattened.
         """
         if self.size == 1:
             return
-        travelling: _Message | None = None
+        pending: _Bucket | None = None
         for gradients in _fill_buckets([p.grad for p in parameters if p.grad is not None]):
-            message = _Message(gradients)
-            if travelling is not None:
-                travelling.unpack()
-            travelling = message
-        if travelling is not None:
-            travelling.unpack()
+            bucket = _Bucket(gradients)
+            if pending is not None:
+                pending.finish()
+            pending = bucket
+        if pending is not None:
+            pending.finish()
 
-    def wait_for_all(self) -> None:
-        """Return once every process has come here."""
-        self.sum_in_place(torch.zeros(1))
+    def barrier(self) -> None:
+        """Return once every process has called this."""
+        self.all_reduce(torch.zeros(1))
 
 
-class _Message:
-    """Gradients on their way to their sum."""
+class _Bucket:
+    """Gradients that are being all-reduced as one flat tensor."""
 
     def __init__(self, gradients: list[Tensor]) -> None:
         alone = len(gradients) == 1 and gradients[0].is_contiguous()
@@ -79,8 +80,8 @@ class _Message:
         self.flat = gradients[0] if alone else torch.cat([gradient.flatten() for gradient in gradients])
         self.work = dist.all_reduce(self.flat, async_op=True)
 
-    def unpack(self) -> None:
-        """Wait for the sum and put it where the gradients were."""
+    def finish(self) -> None:
+        """Wait for the sum and copy it back into the gradients."""
         assert self.work is not None
         self.work.wait()
         offset = 0
@@ -90,7 +91,7 @@ class _Message:
 
 
 def _fill_buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield the gradients in order, as many at a time as ``_BUCKET_BYTES`` hold, one at least."""
+    """Yield the gradients in order, as many at a time as fit into ``_BUCKET_BYTES``, at least one."""
     bucket: list[Tensor] = []
     room = _BUCKET_BYTES
     for gradient in gradients:
@@ -103,19 +104,23 @@ def _fill_buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-ALONE = World()
+SINGLE_PROCESS = World()
 
 
 @contextmanager
-def join_world(device: str, threads: int) -> Iterator[World]:
-    """Join the process group that torchrun's environment describes; alone where there is none."""
+def join_world(device: str, threads: int, *, is_alone: bool = False) -> Iterator[World]:
+    """Join the process group that torchrun's environment variables describe; without them, be the only process.
+
+    ``is_alone`` says that this training has one process: such variables, left by a batch system, then count for nothing.
+    """
     torch.set_num_threads(threads)
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    environment = {} if is_alone else os.environ
+    size, rank = int(environment.get("WORLD_SIZE", "1")), int(environment.get("RANK", "0"))
+    chosen = choose_device(device, int(environment.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if size > 1:
-        # sums of numbers that the CPU holds go by gloo in either case
+        # tensors on the CPU are reduced by gloo in either case
         dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield World(rank, size, chosen)

@@ -1,4 +1,4 @@
-"""What a diffusion training draws and how it weighs it: timesteps, noise, min-SNR."""
+"""Timesteps, noise and loss weights of a diffusion training."""
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ def sample_noise(generator: np.random.Generator, shape: tuple[int, ...] | torch.
     return torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32))
 
 
-def weigh_by_snr(alphas_cumprod: Tensor, steps: Tensor, gamma: float, prediction_type: str) -> Tensor:
+def compute_min_snr_weights(alphas_cumprod: Tensor, steps: Tensor, gamma: float, prediction_type: str) -> Tensor:
     """Return each sample's loss weight of the min-SNR-gamma strategy (Hang et al., arXiv 2303.09556).
 
     ``alphas_cumprod``: the schedule, T; ``steps``: N. With SNR = a / (1 - a): min(SNR, gamma) / SNR for noise prediction,
@@ -28,5 +28,5 @@ def weigh_by_snr(alphas_cumprod: Tensor, steps: Tensor, gamma: float, prediction
     signal = alphas_cumprod[steps]
     snr = signal / (1.0 - signal)
     capped = snr.clamp(max=gamma)
-    # Where nothing of the signal is left, both vanish alike.
+    # Without any signal both capped and snr are zero: the limit of their ratio is 1.
     return capped / (snr + 1.0) if prediction_type == "v_prediction" else torch.where(snr > 0, capped / snr, 1.0)

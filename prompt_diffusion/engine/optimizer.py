@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from prompt_diffusion.engine.config import OptimizerConfig
-from prompt_diffusion.engine.distributed import ALONE, World
+from prompt_diffusion.engine.distributed import SINGLE_PROCESS, World
 
 # Quintic Newton-Schulz coefficients and five iterations: Jordan et al., "Muon" (2024), the values torch.optim.Muon has.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -56,7 +56,7 @@ class Muon(Optimizer):
         lr: float,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
-        world: World = ALONE,
+        world: World = SINGLE_PROCESS,
     ) -> None:
         super().__init__(list(parameters), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.world = world
@@ -79,7 +79,7 @@ class Muon(Optimizer):
     def _compute_updates(
         self, by_shape: dict[tuple[int, int], list[Tensor]], momentum: float
     ) -> dict[tuple[int, int], Tensor]:
-        """Return the orthogonalised updates by shape; what other processes orthogonalised comes in one message."""
+        """Return the orthogonalised updates by shape; those of other processes arrive in one all-reduce."""
         rank, size = self.world.rank, self.world.size
         updates = {}
         for shape, parameters in by_shape.items():
@@ -92,7 +92,7 @@ class Muon(Optimizer):
                     updates[shape][rank::size] = orthogonalise(directions[rank::size])
         if size > 1:
             flat = torch.cat([update.flatten() for update in updates.values()])
-            self.world.sum_in_place(flat)
+            self.world.all_reduce(flat)
             parts = torch.split(flat, [update.numel() for update in updates.values()])
             updates = {shape: part.view_as(updates[shape]) for shape, part in zip(updates, parts, strict=True)}
         return updates
@@ -108,7 +108,7 @@ class Muon(Optimizer):
 
 
 def build_optimizers(
-    parameters: Mapping[str, Tensor], config: OptimizerConfig, world: World = ALONE
+    parameters: Mapping[str, Tensor], config: OptimizerConfig, world: World = SINGLE_PROCESS
 ) -> list[Optimizer]:
     """Return the optimizers of a recipe, each with its ``base_lr`` in every group.
 

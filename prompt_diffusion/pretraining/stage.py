@@ -2,10 +2,10 @@
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 from prompt_diffusion.data.dataset import Dataset, InContextData, Side
 from prompt_diffusion.data.records import Split
 from prompt_diffusion.engine.config import TrainResources
+from prompt_diffusion.engine.events import Event
 from prompt_diffusion.model.references import DEMO_BASE_FOLDER
 from prompt_diffusion.pretraining.config import PretrainConfig
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import (
     ManifestRef,
+    find_sealed,
     open_manifest,
     seal_manifest,
     write_file,
@@ -28,6 +30,7 @@ from prompt_diffusion.store.stage import Context, Stage
 from prompt_diffusion.store.storage import join_uri
 
 if TYPE_CHECKING:
+    from prompt_diffusion.engine.distributed import World
     from prompt_diffusion.model.base import Base
 
 VERSION = 2
@@ -61,7 +64,7 @@ class PretrainProgress(Progress):
 
     phase: str
     """``vae`` or ``unet``."""
-    event: dict[str, Any]
+    event: Event
 
 
 @dataclass(frozen=True)
@@ -86,22 +89,33 @@ class Pretrain(Stage[TrainResources]):
         return StageIdentity(stage="pretrain", version=VERSION, config=config, inputs=inputs)
 
     def run(self, context: Context[TrainResources]) -> ManifestRef:
-        """Train, score, and seal."""
+        """Train, score, and seal; another run of the same pre-training is waited for."""
         from prompt_diffusion.engine.distributed import join_world
+        from prompt_diffusion.engine.ownership import own_stage
+
+        with (
+            join_world("cpu", context.resources.threads_per_process, is_alone=True) as world,
+            own_stage(self.identity.uri(context.store), world) as check_owner,
+        ):
+            sealed = find_sealed(self.identity, context.store)  # another run may have ended it while this one waited
+            return sealed or self._make(context, world, check_owner)
+
+    def _make(self, context: Context[TrainResources], world: "World", check_owner: Callable[[], None]) -> ManifestRef:
         from prompt_diffusion.pretraining.train import pretrain_base
 
         identity, store, config = self.identity, context.store, self.config
         by_kind, captions = read_pictures(self.dataset, "train")
-        with join_world("cpu", context.resources.threads_per_process) as world:
-            base = pretrain_base(
-                config,
-                by_kind,
-                captions,
-                lambda phase: join_uri(identity.uri(store), "checkpoints", phase),
-                context.resources,
-                world,
-                lambda phase: lambda event: context.report(PretrainProgress(phase, event)),
-            )
+        base = pretrain_base(
+            config,
+            by_kind,
+            captions,
+            lambda phase: join_uri(identity.uri(store), "checkpoints", phase),
+            context.resources,
+            world,
+            lambda phase: lambda event: context.report(PretrainProgress(phase, event)),
+            check_owner,
+        )
+        check_owner()
         held_out, texts = read_pictures(self.dataset, "validation")
         scored = {kind: images[:_SCORED_IMAGES] for kind, images in held_out.items()}
         with tempfile.TemporaryDirectory() as folder:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +14,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from prompt_diffusion.data.transforms import from_model_range, to_model_range
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.engine.distributed import World
+from prompt_diffusion.engine.events import OnEvent
 from prompt_diffusion.engine.loop import run_loop
-from prompt_diffusion.engine.objective import LoopPlan, OnStep
+from prompt_diffusion.engine.objective import LoopPlan
 from prompt_diffusion.model.base import Base
 from prompt_diffusion.pretraining.config import PretrainConfig
 from prompt_diffusion.pretraining.objectives import (
@@ -169,11 +169,13 @@ def pretrain_base(
     checkpoints: Callable[[str], str],
     resources: TrainResources,
     world: World,
-    on_step: Callable[[str], OnStep],
+    on_event: Callable[[str], OnEvent],
+    check_owner: Callable[[], None] | None = None,
 ) -> Base:
     """Train autoencoder, then UNet and text encoder, on pictures and captions; resumes from checkpoints.
 
-    ``checkpoints`` and ``on_step`` give, for a phase's name, its checkpoint folder and its listener.
+    ``checkpoints`` and ``on_event`` return the checkpoint folder and the listener of a phase, ``vae`` or ``unet``.
+    ``check_owner`` raises where another run has taken the folders over.
     """
     torch.manual_seed(config.seed)
     vae, unet = build_vae(config), build_unet(config)
@@ -185,10 +187,10 @@ def pretrain_base(
             vae, pictures, config.seed, config.vae_steps * config.vae_batch_size, config.crop_fraction
         ),
         dict(vae.named_parameters()),
-        LoopPlan(config.vae_steps, config.vae_batch_size, config.vae_optimizer, checkpoints("vae")),
+        LoopPlan(config.vae_steps, config.vae_batch_size, config.vae_optimizer, checkpoints("vae"), check_owner),
         resources,
         world,
-        on_step("vae"),
+        on_event("vae"),
     )
     vae.eval().requires_grad_(False)
     standardise_latents(vae, encode_pictures(vae, by_kind[IMAGE]))
@@ -206,15 +208,15 @@ def pretrain_base(
         config.seed + 1,
         config.text_dropout,
     )
-    parameters: dict[str, Any] = {f"unet.{name}": p for name, p in unet.named_parameters()}
+    parameters: dict[str, Tensor] = {f"unet.{name}": p for name, p in unet.named_parameters()}
     parameters |= {f"text_encoder.{name}": p for name, p in text_encoder.named_parameters()}
     run_loop(
         objective,
         parameters,
-        LoopPlan(config.unet_steps, config.unet_batch_size, config.unet_optimizer, checkpoints("unet")),
+        LoopPlan(config.unet_steps, config.unet_batch_size, config.unet_optimizer, checkpoints("unet"), check_owner),
         resources,
         world,
-        on_step("unet"),
+        on_event("unet"),
     )
     return Base(vae, unet.eval(), text_encoder.eval(), tokenizer, scheduler)
 

@@ -1,4 +1,4 @@
-"""The recipe of an in-context training: every field is scientific and moves the fingerprint."""
+"""The recipe of an in-context training: every field is scientific and enters the fingerprint."""
 
 from typing import Literal, Self
 
@@ -8,69 +8,73 @@ from prompt_diffusion.engine.config import NoiseConfig, OptimizerConfig
 from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.vision_tasks import VISION_TASKS, ExamplePolicy, find_vision_task
 
-Fraction = float
+Draw = Literal["row", "group"]
 
 
 class DropoutConfig(FrozenModel):
-    """One uniform number u a sample empties the text (u < text) and greys the pair (overlapping it by ``overlap``).
+    """One uniform number u a sample decides whether its text is emptied and whether its example pair becomes mid-grey.
 
     Published: text 0.10, example pair 0.10, overlap 0.05: u < 0.10 empties the text, 0.05 <= u < 0.15 zeroes the pair.
     """
 
-    text_map_to_image: Fraction = Field(default=0.10, ge=0, le=1)
+    text_map_to_image: float = Field(default=0.10, ge=0, le=1)
     """Share of the map-to-image samples without text."""
-    text_image_to_map: Fraction = Field(default=0.10, ge=0, le=1)
+    text_image_to_map: float = Field(default=0.10, ge=0, le=1)
     """Share of the image-to-map samples without text."""
-    example_pair: Fraction = Field(default=0.10, ge=0, le=1)
+    example_pair: float = Field(default=0.10, ge=0, le=1)
     """Share of the samples whose example pair is mid-grey."""
-    overlap: Fraction = Field(default=0.05, ge=0, le=1)
+    overlap: float = Field(default=0.05, ge=0, le=1)
     """Share of the samples that lose both."""
 
 
 class SamplingConfig(FrozenModel):
-    """How pictures are made with the model: in its validation grid, and where a call of its pipeline does not say."""
+    """How images are generated with the model: in the validation grid, and by its pipeline unless a call says otherwise."""
 
-    num_inference_steps: int = Field(default=50, ge=1)
+    num_inference_steps: int = Field(default=50, ge=1, le=1000)
     """Denoising steps."""
     guidance_scale: float = Field(default=7.5, ge=1.0)
-    """Guidance weight; 1 is no guidance. The grid's image-to-map rows have none."""
+    """Guidance weight; 1 is no guidance, which the grid's image-to-map rows always have."""
 
 
 class TrainConfig(FrozenModel):
-    """The recipe of one training; the defaults are the published facts (see ``presets.paper`` for their sources)."""
+    """The recipe of one training; the defaults are the published facts (see ``presets.paper`` for their
+    sources), but for ``draw`` and ``sampling``."""
 
     base: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     """Base model: ``demo-base``, a folder in diffusers' layout, a hub's repository (``name`` or ``name@revision``), or a
     registered model (``models:/name/3``; an alias may point to another model when the run is repeated)."""
     controlnet: str | None = None
-    """ControlNet to start from: None copies the UNet's encoder, as published; ``base`` takes the one that stands beside the
-    base (a model trained here, to go on with); else a folder or a hub's repository of a diffusers ControlNetModel, whose
-    trunk and query stem are taken. The example stem is new where there is none."""
+    """ControlNet to start from: None copies the UNet's encoder, as published; ``base`` takes the one beside the base (to
+    continue a model trained here); else a folder or a hub's repository of a diffusers ControlNetModel, whose trunk and query
+    stem are taken. The example stem is new where there is none."""
     method: Literal["prompt_diffusion", "controlnet"] = "prompt_diffusion"
     """Prompt Diffusion, or the task-specific baseline CN(FT): the same loop with the query alone."""
     vision_tasks: tuple[str, ...] = tuple(VISION_TASKS)
     """Vision tasks, drawn uniformly."""
+    draw: Draw = "row"
+    """What an epoch visits once: every row, or every prompt group by one of its rows, drawn anew each epoch (as published);
+    by row, a group of four pairs counts four times a group of one."""
     image_to_map_examples: dict[ExamplePolicy, float] = {"same_group": 1.0}
-    """Where the example pair of an image-to-map sample comes from: policies with their shares."""
+    """Where the example pair of an image-to-map sample comes from: policies and their shares."""
     map_to_image_examples: dict[ExamplePolicy, float] = {"same_group": 1.0}
-    """Where the example pair of a map-to-image sample comes from: policies with their shares."""
+    """Where the example pair of a map-to-image sample comes from: policies and their shares."""
     dropout: DropoutConfig = DropoutConfig()
     """How often text and example pair are dropped."""
     noise: NoiseConfig = NoiseConfig()
-    """What is predicted, at which timesteps."""
+    """What is predicted, and at which timesteps."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer and schedule."""
     stem_channels: tuple[int, ...] = (16, 32, 96, 256)
     """Channels of the stems; each step after the first halves the size."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """What the networks compute in, by autocast; weights, optimizer and loss stay float32, as published throughout."""
+    """What the networks compute in, by autocast; weights, optimizer and loss stay float32. Published: float32 throughout."""
     train_decoder: bool = True
-    """Train the UNet's decoder beside the ControlNet, as published (the flag that should lock it is inverted)."""
+    """Train the UNet's decoder, too, as published (in its code the flag that should lock the decoder is inverted)."""
     sampling: SamplingConfig = SamplingConfig()
-    """How pictures are made with the model; saved with it."""
-    batch_size: int = Field(default=512, ge=1)
-    """Samples a step in all, over every process and micro-batch."""
-    num_steps: int = Field(default=5000, ge=1)
+    """How images are generated with the model; saved with it."""
+    batch_size: int = Field(default=512, ge=1, le=1_000_000)
+    """Samples a step, over all processes and micro-batches."""
+    num_steps: int = Field(default=5000, ge=1, le=1_000_000_000)
     """Optimizer steps."""
     seed: int = 0
     """Seed of the sample order, the noise and the new weights."""

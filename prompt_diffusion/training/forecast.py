@@ -1,7 +1,7 @@
-"""What a training would take, known before it runs: arithmetic, memory, checkpoints, time.
+"""What a training would cost, before it runs: arithmetic, memory, checkpoints, time.
 
 Networks are built at their real size on fake tensors, which have a shape and no content, and one training step is run on
-them: torch counts the operations, and what the forward pass keeps for the backward pass is added up.
+them: torch counts the operations, and the tensors that autograd saves for the backward pass are added up.
 """
 
 import json
@@ -30,8 +30,8 @@ from prompt_diffusion.model.controlnet import (
 from prompt_diffusion.model.references import SD_V1_5, base_folder
 from prompt_diffusion.training.config import TrainConfig
 
-PRESUMED_TERAFLOPS: Mapping[Literal["float32", "bfloat16"], float] = {"bfloat16": 300.0, "float32": 40.0}
-"""Sustained TFLOP/s of a training on one H100, by precision: a presumption, not a measurement."""
+ASSUMED_TERAFLOPS: Mapping[Literal["float32", "bfloat16"], float] = {"bfloat16": 300.0, "float32": 40.0}
+"""Sustained TFLOP/s of a training on one H100, by precision: assumed, not measured."""
 
 _SD15_REPOSITORIES = (SD_V1_5, "runwayml/stable-diffusion-v1-5")
 _SD15_UNET: Mapping[str, Any] = {
@@ -59,7 +59,7 @@ class BaseLayout:
     """The shapes of a base, without its weights."""
 
     source: str
-    """Where they are known from."""
+    """Where the shapes were found."""
     unet: Mapping[str, Any]
     text: Mapping[str, Any]
     latent_stride: int
@@ -67,16 +67,16 @@ class BaseLayout:
 
 @dataclass(frozen=True)
 class StepCount:
-    """One training step of some samples, counted."""
+    """The operations and saved tensors of one training step."""
 
     gigaflop: float
-    kept_bytes: int
-    """What the forward pass keeps for the backward pass."""
+    saved_bytes: int
+    """What autograd saves for the backward pass."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a training would take; bytes are those of one process."""
+    """What a training would cost; bytes are those of one process."""
 
     layout: str
     trained_parameters: int
@@ -84,32 +84,32 @@ class Forecast:
     num_steps: int
     num_samples: int
     gigaflop_per_sample: float
-    """Forward and backward pass, of what the recipe trains; with gradient checkpointing, what is computed again too."""
+    """Forward and backward pass of what the recipe trains, recomputation by gradient checkpointing included."""
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
-    averages_bytes: int
-    constant_bytes: int
-    """Copies of weights in low precision that a step keeps, whatever the number of samples."""
+    ema_bytes: int
+    autocast_bytes: int
+    """Low-precision copies of the weights that autocast keeps during a step, whatever the number of samples."""
     activations_bytes_per_sample: int
-    """What the forward pass keeps for the backward pass, with fused attention and without gradient checkpointing."""
-    device_samples: int
-    """Samples that a process holds at once; where the resources leave it open, all of its share."""
+    """What autograd saves for the backward pass, with fused attention and without gradient checkpointing."""
+    micro_batch_size: int
+    """As configured, else the process's whole share of the batch."""
     checkpoint_bytes: int
 
     @property
     def memory_bytes(self) -> int:
-        """Tensors on the device in all; workspaces and fragmentation come on top."""
-        state = self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.averages_bytes
-        return state + self.constant_bytes + self.device_samples * self.activations_bytes_per_sample
+        """All tensors on the device; workspaces and fragmentation come on top."""
+        state = self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.ema_bytes
+        return state + self.autocast_bytes + self.micro_batch_size * self.activations_bytes_per_sample
 
     def predict_seconds(self, teraflops: float, num_processes: int) -> float:
-        """Return the time of all steps at so many sustained TFLOP/s of each process, loading and saving left aside."""
+        """Return the time of all steps at these sustained TFLOP/s of each process, without loading and saving."""
         return self.num_samples * self.gigaflop_per_sample / (teraflops * 1e3 * num_processes)
 
 
 def forecast_training(config: TrainConfig, resources: TrainResources, image_size: int) -> Forecast:
-    """Return what a training on images of that many pixels a side would take; ValueError where its base is not known here."""
+    """Return what a training on square images of this size would cost; ValueError where its base is not on this machine."""
     layout = read_layout(config.base)
     with FakeTensorMode():
         unet, controlnet = _build_networks(config, layout)
@@ -122,10 +122,10 @@ def forecast_training(config: TrainConfig, resources: TrainResources, image_size
             unet.enable_gradient_checkpointing()
             controlnet.enable_gradient_checkpointing()
             counted = [_count_step(config, layout, unet, controlnet, image_size, samples) for samples in (1, 2)]
-    per_sample = plain[1].kept_bytes - plain[0].kept_bytes
+    per_sample = plain[1].saved_bytes - plain[0].saved_bytes
     trained_bytes = sum(p.nbytes for p in trained.values())
     optimizer_bytes = estimate_state_bytes(trained, config.optimizer)
-    averages_bytes = trained_bytes if config.optimizer.ema_decay is not None else 0
+    ema_bytes = trained_bytes if config.optimizer.ema_decay is not None else 0
     share = -(-config.batch_size // resources.num_processes)
     return Forecast(
         layout=layout.source,
@@ -137,16 +137,16 @@ def forecast_training(config: TrainConfig, resources: TrainResources, image_size
         weights_bytes=trained_bytes + sum(p.nbytes for p in frozen),
         gradients_bytes=trained_bytes,
         optimizer_bytes=optimizer_bytes,
-        averages_bytes=averages_bytes,
-        constant_bytes=plain[0].kept_bytes - per_sample,
+        ema_bytes=ema_bytes,
+        autocast_bytes=plain[0].saved_bytes - per_sample,
         activations_bytes_per_sample=per_sample,
-        device_samples=min(resources.device_batch_size or share, share),
-        checkpoint_bytes=trained_bytes + optimizer_bytes + averages_bytes,
+        micro_batch_size=min(resources.device_batch_size or share, share),
+        checkpoint_bytes=trained_bytes + optimizer_bytes + ema_bytes,
     )
 
 
 def read_layout(base: str) -> BaseLayout:
-    """Return the shapes of a base: SD v1.5's are known, others are read from its configurations on this machine."""
+    """Return the shapes of a base: SD v1.5's are built in, others are read from its configuration on this machine."""
     if base.partition("@")[0] in _SD15_REPOSITORIES:
         return BaseLayout("Stable Diffusion v1.5's published layout", _SD15_UNET, _SD15_TEXT, 8)
     folder = Path(base_folder(base) or base)
@@ -161,7 +161,7 @@ def read_layout(base: str) -> BaseLayout:
 
 
 def _build_networks(config: TrainConfig, layout: BaseLayout) -> tuple[UNet2DConditionModel, PromptDiffusionControlNet]:
-    """Build both networks, of which those parameters require gradients that the recipe trains."""
+    """Build both networks; the parameters that the recipe trains require gradients."""
     unet = UNet2DConditionModel.from_config(dict(layout.unet)).requires_grad_(False)
     controlnet: PromptDiffusionControlNet = PromptDiffusionControlNet.from_unet(
         unet, config.stem_channels, example_pair=config.method == "prompt_diffusion"
@@ -181,14 +181,14 @@ def _count_step(
     image_size: int,
     samples: int,
 ) -> StepCount:
-    """Count the forward and backward pass of a step; called under a fake tensor mode."""
+    """Count the forward and backward pass of a step; called in a fake tensor mode."""
     weights = {p.untyped_storage()._cdata for part in (unet, controlnet) for p in part.parameters()}
-    kept: dict[int, Any] = {}  # the storages themselves: a freed one's number would come again
+    saved: dict[int, Any] = {}  # the storages themselves: the address of a freed one would be used again
 
-    def keep(tensor: Tensor) -> Tensor:
+    def save(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
-            kept[storage._cdata] = storage
+            saved[storage._cdata] = storage
         return tensor
 
     size = image_size // layout.latent_stride
@@ -198,7 +198,7 @@ def _count_step(
     pair = torch.zeros(samples, EXAMPLE_PAIR_CHANNELS, image_size, image_size) if controlnet.uses_example_pair else None
     with (
         FlopCounterMode(display=False) as counter,
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
     ):
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
             steps, features = torch.zeros(samples).long(), controlnet.compute_condition_features(pair, query)
@@ -206,4 +206,4 @@ def _count_step(
         prediction.float().square().mean().backward()  # type: ignore[no-untyped-call]
     for parameter in (*unet.parameters(), *controlnet.parameters()):
         parameter.grad = None
-    return StepCount(counter.get_total_flops() / 1e9, sum(storage.nbytes() for storage in kept.values()))
+    return StepCount(counter.get_total_flops() / 1e9, sum(storage.nbytes() for storage in saved.values()))

@@ -1,4 +1,4 @@
-"""A picture of what a training learned: validation samples of each vision task, with fixed seeds."""
+"""A grid of validation samples of each vision task, with fixed seeds: what a training has learned so far."""
 
 from collections.abc import Mapping
 
@@ -17,20 +17,20 @@ _SAMPLES, _GAP = 4, 4
 
 
 def render_validation_grid(
-    pipeline: PromptDiffusionPipeline, rows_of: Mapping[str, InContextData], config: TrainConfig
+    pipeline: PromptDiffusionPipeline, data: Mapping[str, InContextData], config: TrainConfig
 ) -> bytes:
-    """Return a PNG: a row each vision task; in it, a few times, example source and target, query, output, truth.
+    """Return a PNG with one row for each vision task: a few samples of example source and target, query, output and truth.
 
-    ``rows_of``: the rows that each vision task is shown on.
+    ``data``: the rows that each vision task is sampled from.
     """
     rows = []
-    num_samples = min(_SAMPLES, *(data.num_rows for data in rows_of.values()))
+    num_samples = min(_SAMPLES, *(its.num_rows for its in data.values()))
     pipeline.set_progress_bar_config(disable=True)
     for name in config.vision_tasks:
-        task, data = find_vision_task(name), rows_of[name]
-        policy: ExamplePolicy = "other_group" if len(set(data.group_ids)) > 1 else "same_row"
+        task, its = find_vision_task(name), data[name]
+        policy: ExamplePolicy = "other_group" if len(set(its.group_ids)) > 1 else "same_row"
         samples = [
-            data.assemble(task, row, data.choose_example(policy, row, sample_generator(config.seed, row)))
+            its.assemble(task, row, its.choose_example(policy, row, sample_generator(config.seed, row)))
             for row in range(num_samples)
         ]
         sources, targets, queries = (
@@ -43,6 +43,8 @@ def render_validation_grid(
             queries,
             guidance_scale=config.sampling.guidance_scale if task.direction == "map_to_image" else 1.0,
             num_inference_steps=config.sampling.num_inference_steps,
+            height=queries.shape[1],
+            width=queries.shape[2],
             generator=[torch.Generator().manual_seed(row) for row in range(len(samples))],
             output_type="uint8",
         ).images
@@ -50,17 +52,17 @@ def render_validation_grid(
             np.concatenate([s.example_source, s.example_target, s.query, output, s.target], axis=1)
             for s, output in zip(samples, outputs, strict=True)
         ]
-        rows.append(_join(cells, axis=1))
-    grid = _join(rows, axis=0)
+        rows.append(_concatenate(cells, axis=1))
+    grid = _concatenate(rows, axis=0)
     scale = max(1, 128 // samples[0].query.shape[0])
     large = Image.fromarray(grid).resize((grid.shape[1] * scale, grid.shape[0] * scale), Image.Resampling.NEAREST)
     return encode_png(np.asarray(large))
 
 
-def _join(pictures: list[Pixels], axis: int) -> Pixels:
-    """Join pictures with white gaps between them."""
-    shape = list(pictures[0].shape)
+def _concatenate(images: list[Pixels], axis: int) -> Pixels:
+    """Concatenate images with white gaps between them."""
+    shape = list(images[0].shape)
     shape[axis] = _GAP
     gap = np.full(shape, 255, np.uint8)
-    parts = [part for picture in pictures for part in (picture, gap)][:-1]
+    parts = [part for image in images for part in (image, gap)][:-1]
     return np.concatenate(parts, axis=axis)

@@ -5,7 +5,6 @@ sealed reference, or a user's mistake in one sentence. The file lies in the stag
 that the command, which is logged, can be run by hand, on any machine that reaches the store.
 """
 
-import json
 import logging
 import os
 import subprocess
@@ -13,9 +12,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from prompt_diffusion.engine.config import TrainResources
+from prompt_diffusion.engine.events import ErrorEvent, OnEvent, SealedEvent, parse_event
+from prompt_diffusion.store.records import ManifestRef
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +25,10 @@ SAVING_SECONDS = 60
 """Time that a process has, once it is asked to stop, for the step that it is in and for a checkpoint."""
 LAUNCHER_VARIABLE = "PROMPT_DIFFUSION_LAUNCHER_PID"
 """Names the process that a training ends with; run by hand, a training has none."""
+_TORCHRUN_VARIABLES = {
+    f"{prefix}{name}" for prefix in ("", "LOCAL_", "GROUP_", "ROLE_") for name in ("RANK", "WORLD_SIZE")
+} | {"MASTER_ADDR", "MASTER_PORT"}
 _GRACE_SECONDS = SAVING_SECONDS + 30.0
-
-Event = dict[str, Any]
-OnEvent = Callable[[Event], None]
 
 
 class TrainingStoppedError(RuntimeError):
@@ -50,39 +50,48 @@ def build_command(spec_uri: str, resources: TrainResources) -> list[str]:
     # addresses that nothing listens on: each attempt then fails or hangs, now and again. May go when that is mended.
     own_store = ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={resources.num_processes}"]
+    torchrun += ["--log-dir", os.devnull]  # the processes' output is ours anyway; else a folder is left each time
     patience = [f"--max-restarts={MAX_RESTARTS}", f"--shutdown-timeout={SAVING_SECONDS}"]
     return [*own_store, sys.executable, *torchrun, *patience, *target]
 
 
-def run_command(command: list[str], resources: TrainResources, on_event: OnEvent) -> Event:
-    """Run the command, pass its events on, and return the last one; an interrupt lets the training save first."""
-    environment = os.environ | {
+def run_command(command: list[str], resources: TrainResources, on_event: OnEvent) -> ManifestRef | None:
+    """Run the command, pass its events on, and return what it sealed; an interrupt lets the training save first."""
+    # What a batch system or an outer torchrun left there is not ours: torchrun sets its own for its processes.
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _TORCHRUN_VARIABLES and not name.startswith("TORCHELASTIC_")
+    }
+    environment = inherited | {
         "OMP_NUM_THREADS": str(resources.threads_per_process),
         "OMP_WAIT_POLICY": "PASSIVE",  # a thread that waits sleeps: spinning costs far more where the machine is shared
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "PYTHONSAFEPATH": "1",  # nothing is imported from the current folder, such as a user's own random.py
         LAUNCHER_VARIABLE: str(os.getpid()),
     }
-    last: dict[str, Any] = {}
+    model: ManifestRef | None = None
     # A session of its own: a terminal's Ctrl-C is for this process, which passes it on once, to the right one.
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
     assert process.stdout is not None
     with process, _limit_time(process, resources.time_limit_seconds) as was_limited:
         try:
             for line in process.stdout:
-                event = _parse_event(line)
+                event = parse_event(line)
                 if event is None:
-                    continue
-                if "error" in event:
-                    raise ValueError(event["error"])
-                last = event
-                if "sealed" not in event:
+                    logger.info("%s", line.rstrip())  # libraries print where they like
+                elif isinstance(event, ErrorEvent):
+                    raise ValueError(event.message)
+                elif isinstance(event, SealedEvent):
+                    model = event.manifest
+                else:
                     on_event(event)
             code = process.wait()
         except BaseException:
             _stop(process)
             raise
-    if "sealed" in last:
-        return last
+    if model is not None:
+        return model
     if was_limited():
         raise TimeLimitError(
             f"the training reached its time limit of {resources.time_limit_seconds:g} seconds: run the same command to go on "
@@ -90,7 +99,7 @@ def run_command(command: list[str], resources: TrainResources, on_event: OnEvent
         )
     if code not in (0, STOPPED_EXIT_CODE):
         raise TrainingStoppedError(f"the training process ended with exit code {code}; its last checkpoint is whole")
-    return last
+    return None
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
@@ -118,13 +127,3 @@ def _limit_time(process: subprocess.Popen[str], seconds: float | None) -> Iterat
         yield limited.is_set
     finally:
         ended.set()
-
-
-def _parse_event(line: str) -> dict[str, Any] | None:
-    """Return the event of a line, None for a line that is none (libraries print where they like)."""
-    try:
-        event = json.loads(line)
-    except ValueError:
-        logger.info("%s", line.rstrip())
-        return None
-    return event if isinstance(event, dict) else None

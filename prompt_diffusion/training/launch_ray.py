@@ -1,7 +1,8 @@
 """Training on many machines: ``python -m prompt_diffusion.training.launch_ray SPEC.json`` drives Ray Train's workers.
 
-This process prints what ``run`` prints, and ends like it. Where a worker is lost, Ray starts them all anew, and they go on
-from the newest checkpoint in the store, the only storage that they share. Events and the wish to stop go through an actor.
+This process prints the same events as ``run`` and has the same exit codes. Where a worker is lost, Ray restarts all of them,
+and they resume from the newest checkpoint in the store, the only storage that they share. An actor passes events one way and
+the request to stop the other.
 """
 
 import logging
@@ -24,6 +25,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from prompt_diffusion.device import AUTO
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.engine.distributed import World
+from prompt_diffusion.engine.events import ErrorEvent, Event, SealedEvent, parse_event
 from prompt_diffusion.engine.loop import Stopped
 from prompt_diffusion.store.storage import read_bytes
 from prompt_diffusion.training.launch import MAX_RESTARTS, STOPPED_EXIT_CODE
@@ -35,28 +37,28 @@ logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_TO_CONNECT = 10.0
-_OBJECT_STORE_BYTES = 1 << 27  # of a local cluster: nothing large goes through it
+_OBJECT_STORE_BYTES = 1 << 27  # of a local cluster: nothing large passes through it
 
 
 class Mailbox:
-    """The actor between the driver and the workers."""
+    """The actor between the driver and the workers; events pass through it as JSON."""
 
     def __init__(self) -> None:
-        self._events: list[dict[str, Any]] = []
+        self._events: list[str] = []
         self._is_stopping = False
 
-    def post(self, event: dict[str, Any]) -> None:
+    def post(self, event: str) -> None:
         """Keep an event for the driver."""
         self._events.append(event)
 
-    def collect(self, stop: bool) -> list[dict[str, Any]]:
+    def collect(self, stop: bool) -> list[str]:
         """Return the events since the last call; ``stop`` asks the workers to save and stop."""
         self._is_stopping = self._is_stopping or stop
         events, self._events = self._events, []
         return events
 
     def is_stopping(self) -> bool:
-        """Say whether the workers are asked to stop."""
+        """Return whether the workers are asked to stop."""
         return self._is_stopping
 
 
@@ -65,14 +67,14 @@ def main(spec_uri: str) -> int:
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
     spec = TrainSpec.model_validate_json(read_bytes(spec_uri))
     end_with_launcher()
-    # Ray prints its workers' words on standard output, where events alone belong.
+    # Ray prints its workers' output on standard output, which is for events alone.
     stream = sys.stdout
     with redirect_stdout(sys.stderr):
         try:
             with _join_cluster(spec.resources), tempfile.TemporaryDirectory() as folder:
                 return _drive(spec, folder, stream)
         except (ValueError, ConnectionError) as error:
-            emit({"error": str(error)}, stream)
+            emit(ErrorEvent(message=str(error)), stream)
             return USER_ERROR
 
 
@@ -82,14 +84,14 @@ def _drive(spec: TrainSpec, folder: str, stream: TextIO) -> int:
     ``folder`` is Ray Train's own storage: its workers never read it, since nothing is saved through Ray.
     """
     stop_requested = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):  # Ray's own handlers would end the workers where they stand
+    for number in (signal.SIGTERM, signal.SIGINT):  # Ray's own handlers would end the workers at once
         signal.signal(number, lambda *_: stop_requested.set())
     mailbox: Any = ray.remote(num_cpus=0)(Mailbox).remote()
     scaling = _scale(spec.resources)
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={"spec": spec.model_dump_json(), "mailbox": mailbox},
-        # as in `join_world`: sums of numbers that the CPU holds go by gloo in either case
+        # as in ``join_world``: tensors on the CPU are reduced by gloo in either case
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if scaling.use_gpu else "gloo"),
         scaling_config=scaling,
         run_config=RunConfig(storage_path=folder, failure_config=FailureConfig(max_failures=MAX_RESTARTS)),
@@ -99,7 +101,7 @@ def _drive(spec: TrainSpec, folder: str, stream: TextIO) -> int:
     def fit() -> None:
         try:
             trainer.fit()
-        except Exception as error:  # of whatever kind: it is reported by the thread that waits for this one
+        except Exception as error:  # of any kind: the main thread reports it
             failures.append(error)
 
     fitting = threading.Thread(target=fit, daemon=True)
@@ -107,10 +109,12 @@ def _drive(spec: TrainSpec, folder: str, stream: TextIO) -> int:
     is_sealed = False
     while True:
         is_last = not fitting.is_alive()
-        for event in ray.get(mailbox.collect.remote(stop_requested.is_set())):
+        for line in ray.get(mailbox.collect.remote(stop_requested.is_set())):
+            event = parse_event(line)
+            assert event is not None, f"a worker posted {line!r}, which is not an event"
             emit(event, stream)
-            is_sealed = is_sealed or "sealed" in event
-            if "error" in event:
+            is_sealed = is_sealed or isinstance(event, SealedEvent)
+            if isinstance(event, ErrorEvent):
                 return USER_ERROR  # the other workers wait for the one that left: they end with this process
         if is_last:
             break
@@ -122,14 +126,14 @@ def _drive(spec: TrainSpec, folder: str, stream: TextIO) -> int:
 
 
 def _train_worker(task: dict[str, Any]) -> None:
-    """Train as one of Ray Train's workers, which have joined a process group."""
+    """Train as one of Ray Train's workers, which have joined a process group already."""
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
     spec, mailbox = TrainSpec.model_validate_json(task["spec"]), task["mailbox"]
     torch.set_num_threads(spec.resources.threads_per_process)
     world = World(get_context().get_world_rank(), get_context().get_world_size(), get_device())
 
-    def post(event: dict[str, Any]) -> None:
-        ray.get(mailbox.post.remote(event))
+    def post(event: Event) -> None:
+        ray.get(mailbox.post.remote(event.model_dump_json()))
 
     def watch() -> None:
         while not ray.get(mailbox.is_stopping.remote()):
@@ -142,14 +146,14 @@ def _train_worker(task: dict[str, Any]) -> None:
     except Stopped as stopped:
         logger.info("%s", stopped)
     except USER_ERRORS as error:
-        post({"error": str(error)})  # and not raised: Ray would try again
+        post(ErrorEvent(message=str(error)))  # not raised: Ray would retry
     else:
         if ref is not None and world.is_main:
-            post({"sealed": ref.model_dump()})
+            post(SealedEvent(manifest=ref))
 
 
 def _scale(resources: TrainResources) -> ScalingConfig:
-    """Return how many workers Ray starts and what each takes; ValueError where a local cluster has too few GPUs."""
+    """Return the number of workers and the resources of each; ValueError where a local cluster has too few GPUs."""
     num_gpus = int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
     use_gpu = resources.device.startswith("cuda") or (resources.device == AUTO and num_gpus > 0)
     if use_gpu and resources.ray_address is None and num_gpus < resources.num_processes:
@@ -163,9 +167,9 @@ def _scale(resources: TrainResources) -> ScalingConfig:
 
 @contextmanager
 def _join_cluster(resources: TrainResources) -> Iterator[None]:
-    """Join the cluster at the address, or start one on this machine that is as large as the training needs."""
+    """Join the cluster at the address, or start one on this machine, just large enough for the training."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # a relative path means the same to the workers
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths mean the same in the workers
     if resources.ray_address is not None:
         _check_address(resources.ray_address)
         ray.init(address=resources.ray_address, logging_level=logging.WARNING)
@@ -187,7 +191,7 @@ def _check_address(address: str) -> None:
     """Raise ValueError where nothing listens at a cluster's address: Ray itself would try for minutes."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not port.isdigit():
-        return  # "auto" and the like: no address, and Ray looks at this machine alone
+        return  # "auto" and the like: no address, so Ray looks on this machine alone
     try:
         socket.create_connection((host, int(port)), timeout=_SECONDS_TO_CONNECT).close()
     except OSError as error:
@@ -195,7 +199,7 @@ def _check_address(address: str) -> None:
 
 
 if __name__ == "__main__":
-    # Under its own name: Ray sends the worker's function by reference, and `__main__` is another module there.
+    # Imported under its own name: Ray sends the worker's function by reference, and ``__main__`` is another module there.
     from prompt_diffusion.training import launch_ray
 
     sys.exit(launch_ray.main(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""What is refused before the first step, each in one sentence with both values.
+"""Checks before the first step; each refusal is one sentence with both values.
 
 ``check_training`` needs no torch and runs before a process starts; ``check_gpus`` and ``check_base`` run in the training
 processes, before and after the base is loaded.
@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from prompt_diffusion.data.records import ARRAY_SHAPES_KEY, CONDITION_MAP_SCHEMA, IMAGE_PAIR_SCHEMA
 from prompt_diffusion.data.transforms import decode_image
 from prompt_diffusion.device import name_device, refuse
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.store.manifest import Manifest, StoredFile, open_manifest
-from prompt_diffusion.store.storage import join_uri, open_input
+from prompt_diffusion.store.storage import join_uri
 from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.inputs import TrainInputs
 
@@ -47,7 +46,7 @@ def check_training(config: TrainConfig, inputs: TrainInputs, resources: TrainRes
 
 
 def check_gpus(resources: TrainResources, num_gpus: int) -> None:
-    """Raise ValueError where this machine, with that many GPUs, has not one for each process that is to have one."""
+    """Raise ValueError where this machine has fewer GPUs than processes that need one."""
     if not name_device(resources.device, num_gpus).startswith("cuda"):
         return
     if num_gpus == 0:
@@ -86,23 +85,23 @@ def check_base(config: TrainConfig, base: "Base", inputs: TrainInputs) -> None:
 
 
 def _check_rows(config: TrainConfig, uris: Sequence[str]) -> None:
-    """Refuse fewer training samples in all image pairs than a batch; reads no further than it must."""
+    """Refuse fewer training samples in all image pairs than a batch; reads shards only until there are enough."""
     found = 0
     for uri in uris:
-        for shard in open_manifest(uri).shards:
-            with open_input(join_uri(uri, shard.path)) as file:
-                split = pq.read_table(file, columns=["split"])["split"]
+        manifest = open_manifest(uri)
+        for shard in manifest.shards:
+            split = manifest.read_columns(shard, ["split"])["split"]
             found += pc.sum(pc.equal(split, "train")).as_py() or 0
             if found >= config.batch_size:
                 return
     raise ValueError(
-        f"{_list(uris)} has {found} training samples, fewer than a batch of {config.batch_size}: lower batch_size or add "
+        f"{_join_names(uris)} has {found} training samples, fewer than a batch of {config.batch_size}: lower batch_size or add "
         "samples"
     )
 
 
 def _check_dataset(dataset: TrainInputs) -> None:
-    """Refuse manifests of one dataset whose columns, rows or sizes do not fit together."""
+    """Refuse manifests of one dataset whose columns, rows or image sizes do not match."""
     pairs = open_manifest(dataset.pairs.uri)
     first = _read_first_row(pairs, _PAIR_COLUMNS)
     size = _image_size(first["edited_image"])
@@ -119,7 +118,7 @@ def _check_dataset(dataset: TrainInputs) -> None:
 def _check_alignment(
     manifest: Manifest, columns: Mapping[str, Any], pairs: Manifest, first: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the first row of a manifest that stands beside the image pairs, row by row."""
+    """Return the first row of a manifest whose rows correspond to the image pairs'; ValueError where they do not."""
     row = _read_first_row(manifest, columns)
     rows, expected = ([shard.rows for shard in m.shards] for m in (manifest, pairs))
     if sum(rows) != sum(expected):
@@ -133,8 +132,7 @@ def _read_first_row(manifest: Manifest, columns: Mapping[str, Any]) -> dict[str,
     """Return the first row; ValueError names a column that is missing or of another type (None takes any)."""
     shard = _first_shard(manifest)
     uri = join_uri(manifest.ref.uri, shard.path)
-    with open_input(uri) as file:
-        parquet = pq.ParquetFile(file, buffer_size=_READ_BYTES, pre_buffer=False)
+    with manifest.open_shard(shard, buffer_size=_READ_BYTES, pre_buffer=False) as parquet:
         _check_columns(uri, parquet.schema_arrow, columns)
         row: dict[str, Any] = next(parquet.iter_batches(1, columns=list(columns))).to_pylist()[0]
     return row
@@ -143,15 +141,15 @@ def _read_first_row(manifest: Manifest, columns: Mapping[str, Any]) -> dict[str,
 def _check_columns(uri: str, schema: pa.Schema, columns: Mapping[str, Any]) -> None:
     missing = [name for name in columns if name not in schema.names]
     if missing:
-        raise ValueError(f"{uri} has no column {_list(missing)}: it has {_list(schema.names)}")
+        raise ValueError(f"{uri} has no column {_join_names(missing)}: it has {_join_names(schema.names)}")
     for name, kind in columns.items():
         if kind is not None and schema.field(name).type != kind:
             raise ValueError(f"{uri} has a column {name} of type {schema.field(name).type}, not {kind}")
 
 
 def _read_latent_shape(manifest: Manifest) -> tuple[int, ...]:
-    with open_input(join_uri(manifest.ref.uri, _first_shard(manifest).path)) as file:
-        metadata = pq.read_schema(file).metadata or {}
+    with manifest.open_shard(_first_shard(manifest)) as file:
+        metadata = file.schema_arrow.metadata or {}
     return tuple(json.loads(metadata[ARRAY_SHAPES_KEY])["edited_mean"])
 
 
@@ -168,5 +166,5 @@ def _image_size(cell: dict[str, Any]) -> tuple[int, int]:
     return width, height
 
 
-def _list(names: Iterable[str]) -> str:
+def _join_names(names: Iterable[str]) -> str:
     return ", ".join(names)

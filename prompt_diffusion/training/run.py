@@ -1,22 +1,21 @@
 """The process that trains: ``python -m prompt_diffusion.training.run SPEC.json``, alone or under torchrun.
 
-The main process prints one JSON object a line on standard output: its progress, then the sealed reference. On a terminal,
-run by hand, it prints lines for people instead.
+The main process prints its events on standard output, each as one line of JSON; on a terminal, where it was started by hand,
+as text.
 """
 
-import json
 import logging
 import os
 import signal
 import sys
 import threading
 import time
-from datetime import timedelta
-from typing import Any, NoReturn, TextIO
+from typing import NoReturn, TextIO
 
 import torch
 
 from prompt_diffusion.engine.distributed import join_world
+from prompt_diffusion.engine.events import ErrorEvent, Event, SealedEvent, StepEvent, describe, describe_losses
 from prompt_diffusion.engine.loop import Stopped
 from prompt_diffusion.store.storage import read_bytes
 from prompt_diffusion.training.launch import LAUNCHER_VARIABLE, SAVING_SECONDS, STOPPED_EXIT_CODE
@@ -29,31 +28,32 @@ logger = logging.getLogger(__name__)
 LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 USER_ERROR = 2
 USER_ERRORS = (ValueError, FloatingPointError, MemoryError)
-"""What another attempt would meet again."""
+"""Errors that another attempt would raise again."""
 
 
 def main(spec_uri: str) -> int:
-    """Train as the specification says; 0 when sealed, ``STOPPED_EXIT_CODE`` when asked to stop, 2 for a user's mistake.
+    """Train as the specification says; return 0 when sealed, ``STOPPED_EXIT_CODE`` when asked to stop, 2 for a user's mistake.
 
-    Under torchrun always 0 once everything is said: it would start again whatever ends otherwise.
+    Under torchrun always 0 once the last event is printed: it restarts a process that ends with any other code.
     """
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
-    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     spec = TrainSpec.model_validate_json(read_bytes(spec_uri))
+    is_alone = spec.resources.num_processes == 1  # whatever a shell or a batch system left in the environment
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and not is_alone
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)  # before the loop and after it; the loop itself ends its step first
     end_with_launcher(os.getppid() if under_torchrun else None)
     try:
         check_gpus(spec.resources, torch.cuda.device_count())
-        with join_world(spec.resources.device, spec.resources.threads_per_process) as world:
+        with join_world(spec.resources.device, spec.resources.threads_per_process, is_alone=is_alone) as world:
             ref = run_train(Train(spec.config, spec.inputs), spec.store_root, spec.resources, world, emit)
             if ref is not None and world.is_main:
-                emit({"sealed": ref.model_dump()})
+                emit(SealedEvent(manifest=ref))
     except Stopped as stopped:
         logger.info("%s", stopped)
         return 0 if under_torchrun else STOPPED_EXIT_CODE
     except USER_ERRORS as error:
-        emit({"error": str(error)})
+        emit(ErrorEvent(message=str(error)))
         return 0 if under_torchrun else USER_ERROR
     return 0
 
@@ -62,39 +62,22 @@ def _leave(*_: object) -> NoReturn:
     raise Stopped("stopped outside the training loop; run the same command to go on")
 
 
-def emit(event: dict[str, Any], stream: TextIO | None = None) -> None:
-    """Print an event in one line, on standard output unless told otherwise: JSON, or for a person at a terminal."""
+def emit(event: Event, stream: TextIO | None = None) -> None:
+    """Print an event on standard output or another stream: one line of JSON, or on a terminal as text."""
     out = sys.stdout if stream is None else stream
-    out.write((format_event(event) if out.isatty() else json.dumps(event)) + "\n")
+    if out.isatty():
+        lines = [
+            describe(event),
+            *([describe_losses(event.losses)] if isinstance(event, StepEvent) and len(event.losses) > 1 else []),
+        ]
+    else:
+        lines = [event.model_dump_json()]
+    out.write("".join(f"{line}\n" for line in lines))
     out.flush()
 
 
-def format_event(event: dict[str, Any]) -> str:
-    """Return an event as a person reads it."""
-    if "error" in event:
-        return f"error: {event['error']}"
-    if "sealed" in event:
-        return f"sealed: {event['sealed']['uri']}"
-    if "hardware" in event:
-        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in event["hardware"].items())
-    step = f"step {event['step']} of {event['num_steps']}"
-    if "validation_loss" in event:
-        return f"{step}, validation loss {event['validation_loss']:.4f}"
-    if "grid_uri" in event:
-        return f"{step}, validation pictures: {event['grid_uri']}"
-    left = timedelta(seconds=round(event["eta_seconds"]))
-    parts = [step, f"loss {event['loss']:.4f}", f"{event['samples_per_second']:.1f} samples/s", f"{left} left"]
-    if event.get("device_memory_bytes"):
-        parts.append(f"{event['device_memory_bytes'] / 1e9:.1f} GB")
-    if event.get("model_flops_per_second"):
-        parts.append(f"{event['model_flops_per_second'] / 1e12:.3g} TFLOP/s")
-    parts.append(f"gradient norm {event['gradient_norm']:.3g}")
-    losses = ", ".join(f"{name} {loss:.4f}" for name, loss in event["losses"].items())
-    return f"{', '.join(parts)} ({losses})"
-
-
 def end_with_launcher(torchrun_pid: int | None = None) -> None:
-    """Stop as for SIGTERM once the launching process or torchrun is gone, however it died: nobody would read what comes out.
+    """Stop as after SIGTERM once the launching process or torchrun is gone, however it died: nobody would read the output.
 
     A process that does not stop then, because it waits for others that are gone, is killed.
     """

@@ -1,7 +1,7 @@
-"""Training samples: what is random in each, and whole micro-batches of them, made on the CPU ahead of the device.
+"""Training samples: what is random in each, and micro-batches of them, made on the CPU ahead of the device.
 
-A sample is a function of (seed, index, sizes) alone: which vision task, rows, dropout, timestep, noise. Whatever is read for it
-lies in the local shard cache.
+Everything random in a sample (vision task, rows, dropout, timestep, noise) is a function of (seed, index, sizes) alone. Its
+data is read through the local shard cache.
 """
 
 import threading
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from prompt_diffusion.data.dataset import InContextData, check_aligned, check_made_of
 from prompt_diffusion.data.records import Split
-from prompt_diffusion.data.sampler import RowOrder, sample_generator
+from prompt_diffusion.data.sampler import GroupOrder, Order, RowOrder, sample_generator
 from prompt_diffusion.data.shard_cache import Array, ShardCache
 from prompt_diffusion.engine.noise import draw_timestep
 from prompt_diffusion.store.manifest import Manifest, open_manifest
-from prompt_diffusion.training.config import TrainConfig
+from prompt_diffusion.training.config import Draw, TrainConfig
 from prompt_diffusion.training.inputs import IMAGE_TARGET, TrainInputs
 from prompt_diffusion.vision_tasks import VisionTask, find_vision_task
 
@@ -40,7 +40,7 @@ class SampleDraw:
     has_text: bool
     has_example: bool
     generator: np.random.Generator
-    """For what is left, in this order: timestep, the posterior's sample, noise."""
+    """Draws the rest, in this order: timestep, the posterior's sample, noise."""
 
     def read_example_source(self, out: Array | None = None) -> Array:
         """Return uint8 H, W, 3, in ``out`` if given."""
@@ -65,15 +65,15 @@ class SampleDraw:
 
 
 @dataclass(frozen=True)
-class Batch:
+class InContextBatch:
     """A micro-batch on the CPU, images as uint8 N, H, W, channels."""
 
     labels: list[int]
     """Positions of the vision tasks in the recipe."""
-    pairs: tuple[Tensor, Tensor] | None
-    """Example sources and targets, N, H, W, 3 each; None for a model without pairs."""
+    example_pairs: tuple[Tensor, Tensor] | None
+    """Example sources and targets, N, H, W, 3 each; None for a model without example pairs."""
     has_example: Tensor
-    """Whether a sample keeps its pair, N."""
+    """Whether a sample keeps its example pair, N."""
     queries: Tensor
     """N, H, W, 3."""
     clean: Tensor
@@ -89,7 +89,9 @@ class Batch:
 class TrainingData:
     """One split of a dataset, with latents and text embeddings."""
 
-    def __init__(self, inputs: TrainInputs, cache: ShardCache, seed: int, split: Split = "train") -> None:
+    def __init__(
+        self, inputs: TrainInputs, cache: ShardCache, seed: int, split: Split = "train", draw: Draw = "row"
+    ) -> None:
         """Open the inputs; ValueError where they do not belong together."""
         pairs = open_manifest(inputs.pairs.uri)
         maps = {condition: open_manifest(ref.uri) for condition, ref in inputs.maps.items()}
@@ -101,16 +103,18 @@ class TrainingData:
             manifest = open_manifest(ref.uri)
             check_aligned(manifest, "images", pairs if target == IMAGE_TARGET else maps[target])
             self.latents[None if target == IMAGE_TARGET else target] = manifest
-        self.order = RowOrder(seed, self.rows.shard_rows)
+        self.order: Order = RowOrder(seed, self.rows.shard_rows)
+        if draw == "group":
+            self.order = GroupOrder(seed, self.rows.shard_rows, self.rows.group_ids)
         self.cache = cache
 
     @property
     def manifests(self) -> list[Manifest]:
-        """Everything that a sample may read."""
+        """Every manifest that a sample may be read from."""
         return [self.rows.pairs, *self.rows.maps.values(), *self.latents.values(), self.text]
 
     def read_posterior(self, target: str | None, row: int) -> tuple[Floats, Floats]:
-        """Return mean and standard deviation, float32 C, h, w, of what a row's target is (None: the photograph)."""
+        """Return mean and standard deviation, float32 C, h, w, of a row's target (None: the photograph)."""
         shard, position = self.rows.places[row]
         manifest = self.latents[target]
         return (
@@ -128,7 +132,7 @@ class TrainingData:
 def draw_sample(config: TrainConfig, data: Mapping[str, TrainingData], index: int) -> SampleDraw:
     """Draw sample ``index`` of a training's stream: a function of (seed, index, sizes) alone.
 
-    ``data``: what each vision task is read from, by its name.
+    ``data``: the data of each vision task, by its name.
     """
     generator = sample_generator(config.seed, index)
     vision_task = find_vision_task(config.vision_tasks[int(generator.integers(len(config.vision_tasks)))])
@@ -140,7 +144,7 @@ def draw_sample(config: TrainConfig, data: Mapping[str, TrainingData], index: in
     example_row = its.rows.choose_example(policy, row, generator)
     drop, u = config.dropout, generator.random()
     text = drop.text_image_to_map if is_map else drop.text_map_to_image
-    first = text - drop.overlap  # the pair's interval begins inside the text's and reaches beyond it
+    first = text - drop.overlap  # the example pair's interval begins inside the text's and ends beyond it
     return SampleDraw(
         vision_task=vision_task,
         data=its,
@@ -155,14 +159,14 @@ def draw_sample(config: TrainConfig, data: Mapping[str, TrainingData], index: in
 def open_training_data(
     config: TrainConfig, inputs: TrainInputs, cache: ShardCache, split: Split
 ) -> dict[str, TrainingData]:
-    """Return what each vision task of a recipe is read from."""
+    """Open the data of each vision task of a recipe; tasks of one dataset share it."""
     used = inputs.narrow(config.vision_tasks)
-    datasets = [TrainingData(each, cache, config.seed, split) for each in used.datasets]
+    datasets = [TrainingData(each, cache, config.seed, split, config.draw) for each in used.datasets]
     return {name: datasets[used.find_dataset(name)] for name in config.vision_tasks}
 
 
 class BatchMaker:
-    """Makes micro-batches of a training's stream, in any thread."""
+    """Makes micro-batches of a training's stream; may be called from any thread."""
 
     def __init__(
         self,
@@ -173,7 +177,7 @@ class BatchMaker:
         num_threads: int = 1,
         pins_memory: bool = False,
     ) -> None:
-        """Take what each vision task is read from, and the embeddings L, C of the empty text and of the tasks' own texts."""
+        """Take the data of each vision task, and the embeddings L, C of the empty text and of the tasks' own texts."""
         self.config, self.data, self.fixed_texts = config, data, fixed_texts
         self.num_timesteps, self.pins_memory = num_timesteps, pins_memory
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="fetch")
@@ -181,23 +185,23 @@ class BatchMaker:
             WindowFetcher(each, self._pool) for each in {id(each): each for each in data.values()}.values()
         ]
 
-    def make(self, indices: range) -> Batch:
-        """Return the samples of those indices."""
+    def make(self, indices: range) -> InContextBatch:
+        """Return the micro-batch of these sample indices."""
         for fetcher in self._fetchers:
             fetcher.advance(indices.start)
         draws = [draw_sample(self.config, self.data, index) for index in indices]
         timesteps = [draw_timestep(d.generator, self.config.noise, self.num_timesteps) for d in draws]
         clean = self._gather([d.sample_posterior for d in draws])
         noise = self._gather([partial(d.sample_noise, clean.shape[1:]) for d in draws])
-        pairs = None
+        example_pairs = None
         if self.config.method == "prompt_diffusion":
-            pairs = (
+            example_pairs = (
                 self._gather([d.read_example_source for d in draws]),
                 self._gather([d.read_example_target for d in draws]),
             )
-        return Batch(
+        return InContextBatch(
             labels=[self.config.vision_tasks.index(d.vision_task.name) for d in draws],
-            pairs=pairs,
+            example_pairs=example_pairs,
             has_example=torch.tensor([d.has_example for d in draws], pin_memory=self.pins_memory),
             queries=self._gather([d.read_query for d in draws]),
             clean=clean,
@@ -207,7 +211,7 @@ class BatchMaker:
         )
 
     def close(self) -> None:
-        """End the threads that fetch ahead."""
+        """Stop the threads that fetch ahead."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _read_text(self, draw: SampleDraw, out: Array | None = None) -> Array:
@@ -215,7 +219,7 @@ class BatchMaker:
         return draw.data.read_text(draw.row, out) if fixed is None else self.fixed_texts[fixed]
 
     def _gather(self, reads: Sequence[Callable[[Array | None], Array]]) -> Tensor:
-        """Return what they read as one tensor: the first shows shape and type, the others may fill the slot they are given."""
+        """Stack what is read into one tensor: the first gives shape and type, the others may write into the slot they get."""
         first = reads[0](None)
         kind = torch.from_numpy(first).dtype
         gathered = torch.empty((len(reads), *first.shape), dtype=kind, pin_memory=self.pins_memory)
@@ -229,7 +233,7 @@ class BatchMaker:
 
 
 class WindowFetcher:
-    """Fetches the shards of the window that the stream is in, and of the next one, ahead of the samples."""
+    """Fetches the shards of the stream's current window and of the next one, ahead of the samples."""
 
     def __init__(self, data: TrainingData, pool: Executor) -> None:
         self.data, self._pool = data, pool
@@ -237,7 +241,7 @@ class WindowFetcher:
         self._asked: set[tuple[int, int]] = set()
 
     def advance(self, index: int) -> None:
-        """Say where the stream is."""
+        """Start fetching for the window of this sample index, unless that was done."""
         order = self.data.order
         epoch, number = order.find_window(index)
         with self._lock:
@@ -248,5 +252,5 @@ class WindowFetcher:
         following = windows[number + 1] if number + 1 < len(windows) else order.windows(epoch + 1)[0]
         for shard in (*windows[number], *following):
             for manifest in self.data.manifests:
-                # An error is not lost: whoever reads a row of the shard meets it again.
+                # An error here is not lost: it is raised again where a row of the shard is read.
                 self._pool.submit(self.data.cache.fetch, manifest, shard)

@@ -2,10 +2,11 @@
 
 import logging
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 from prompt_diffusion.engine.config import TrainResources
+from prompt_diffusion.engine.events import Event, LaunchEvent
 from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.model.references import base_digest, controlnet_digest
 from prompt_diffusion.store.fingerprint import StageIdentity, StageInput, compute_digest
@@ -14,7 +15,7 @@ from prompt_diffusion.store.stage import Context, Stage
 from prompt_diffusion.store.storage import join_uri, local_path, write_bytes
 from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.inputs import TrainInputs
-from prompt_diffusion.training.launch import Event, TrainingStoppedError, build_command, run_command
+from prompt_diffusion.training.launch import TrainingStoppedError, build_command, run_command
 from prompt_diffusion.training.preflight import check_training
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class TrainSpec(FrozenModel):
 class TrainProgress(Progress):
     """What a training process reported."""
 
-    event: Event = field(default_factory=dict)
+    event: Event
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,13 @@ class Train(Stage[TrainResources]):
             )
         command = build_command(write_spec(self, context.store, resources), resources)
         logger.info("training: %s", shlex.join(command))
-        context.report(TrainProgress({"command": shlex.join(command)}))
-        final = run_command(command, resources, lambda event: context.report(TrainProgress(event)))
-        if "sealed" not in final:
+        context.report(TrainProgress(LaunchEvent(command=shlex.join(command))))
+        model = run_command(command, resources, lambda event: context.report(TrainProgress(event)))
+        if model is None:
             raise TrainingStoppedError(
                 "the training was stopped: run the same command to go on from its last checkpoint"
             )
-        return ManifestRef.model_validate(final["sealed"])
+        return model
 
 
 def write_spec(stage: Train, store_root: str, resources: TrainResources) -> str:

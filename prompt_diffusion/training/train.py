@@ -2,9 +2,8 @@
 
 import io
 import json
-import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,11 +12,13 @@ import torch
 from torch import Tensor
 
 from prompt_diffusion.data.shard_cache import ShardCache
-from prompt_diffusion.engine.checkpoint import Progress
+from prompt_diffusion.engine.checkpoint import TrainState
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.engine.distributed import World
+from prompt_diffusion.engine.events import OnEvent
 from prompt_diffusion.engine.loop import run_loop
-from prompt_diffusion.engine.objective import LoopPlan, OnStep
+from prompt_diffusion.engine.objective import LoopPlan
+from prompt_diffusion.engine.ownership import own_stage
 from prompt_diffusion.model.base import Base, load_base
 from prompt_diffusion.model.controlnet import (
     PromptDiffusionControlNet,
@@ -41,9 +42,7 @@ from prompt_diffusion.training.loss import InContextObjective, check_recipe
 from prompt_diffusion.training.preflight import check_base
 from prompt_diffusion.training.samples import open_training_data
 from prompt_diffusion.training.stage import Train
-from prompt_diffusion.training.validation import Validation
-
-logger = logging.getLogger(__name__)
+from prompt_diffusion.training.validation import InContextValidator
 
 
 def run_train(
@@ -51,39 +50,60 @@ def run_train(
     store_root: str,
     resources: TrainResources,
     world: World,
-    on_step: OnStep | None = None,
+    on_event: OnEvent | None = None,
 ) -> ManifestRef | None:
     """Train to the last step, resuming from the newest checkpoint, and seal; every process of the world calls it.
 
+    Another run of the same training is waited for.
     Returns the sealed reference on the main process, None on the others. Seals ``pipeline/`` (diffusers' layout),
     ``losses.parquet`` (step, vision_task, loss, num_samples), ``config.json`` and ``grid.png`` (validation samples).
     """
-    config, inputs, identity = stage.config, stage.inputs, stage.identity
+    identity = stage.identity
     sealed = find_sealed(identity, store_root)
     if sealed is not None:
         return sealed
+    with own_stage(identity.uri(store_root), world) as check_owner:
+        sealed = find_sealed(identity, store_root)  # another run may have ended it while this one waited
+        return sealed or _train(stage, store_root, resources, world, on_event, check_owner)
+
+
+def _train(
+    stage: Train,
+    store_root: str,
+    resources: TrainResources,
+    world: World,
+    on_event: OnEvent | None,
+    check_owner: Callable[[], None],
+) -> ManifestRef | None:
+    config, inputs, identity = stage.config, stage.inputs, stage.identity
     base = load_base(config.base)
     check_recipe(config, base)
     check_base(config, base, inputs)
-    if on_step is not None and world.is_main:
-        on_step({"hardware": world.describe()})
+    if on_event is not None and world.is_main:
+        on_event(world.describe_hardware())
     cache = ShardCache(resources.cache_dir, resources.cache_bytes)
     data, held_out = (open_training_data(config, inputs, cache, split) for split in ("train", "validation"))
     controlnet = build_controlnet(config, base)
     place_networks(base, controlnet, world.device, resources)
     parameters = select_parameters(config, base, controlnet)
     objective = InContextObjective(config, base, controlnet, data, world.device, resources.loader_threads)
-    validation = Validation(config, base, controlnet, held_out, world.device, identity.uri(store_root), on_step)
+    validation = InContextValidator(
+        config, base, controlnet, held_out, world.device, identity.uri(store_root), on_event
+    )
     try:
-        progress = run_loop(
+        state = run_loop(
             objective,
             parameters,
             LoopPlan(
-                config.num_steps, config.batch_size, config.optimizer, join_uri(identity.uri(store_root), "checkpoints")
+                config.num_steps,
+                config.batch_size,
+                config.optimizer,
+                join_uri(identity.uri(store_root), "checkpoints"),
+                check_owner,
             ),
             resources,
             world,
-            on_step,
+            on_event,
             validation,
         )
     finally:
@@ -91,12 +111,13 @@ def run_train(
         validation.close()
     if not world.is_main:
         return None
-    grid = validation.render_grid(progress.step)
+    grid = validation.render_grid(state.step)
     sampling, shown = config.sampling, next(iter(data.values())).rows.image(0, "input", None)
     pipeline = PromptDiffusionPipeline.from_parts(
         base, controlnet.eval(), sampling.num_inference_steps, sampling.guidance_scale, default_image_size=len(shown)
     ).to("cpu", memory_format=torch.contiguous_format)
-    return _seal_model(config, identity, store_root, pipeline, progress, grid)
+    check_owner()
+    return _seal_model(config, identity, store_root, pipeline, state, grid, world.size)
 
 
 def build_controlnet(config: TrainConfig, base: Base) -> PromptDiffusionControlNet:
@@ -153,31 +174,32 @@ def _seal_model(
     identity: StageIdentity,
     store_root: str,
     pipeline: PromptDiffusionPipeline,
-    progress: Progress,
+    state: TrainState,
     grid: bytes,
+    num_processes: int,
 ) -> ManifestRef:
     with tempfile.TemporaryDirectory() as folder:
         pipeline.save_pretrained(folder, safe_serialization=True)
         files = write_folder(identity, store_root, PIPELINE_FOLDER, Path(folder))
     contents: Mapping[str, bytes] = {
-        "losses.parquet": _encode_losses(progress),
+        "losses.parquet": _encode_losses(state),
         "config.json": json.dumps(config.model_dump(mode="json"), indent=2).encode(),
         "grid.png": grid,
     }
     files += [write_file(identity, store_root, path, data) for path, data in contents.items()]
     counts = {
-        "steps": progress.step,
-        "samples": progress.step * config.batch_size,
-        "skipped_steps": progress.num_skipped,
+        "steps": state.step,
+        "samples": state.step * config.batch_size,
+        "skipped_steps": state.num_skipped,
+        "processes": num_processes,  # no part of the identity, though sums over other shares round otherwise
     }
     return seal_manifest(identity, store_root, files, counts=counts)
 
 
-def _encode_losses(progress: Progress) -> bytes:
+def _encode_losses(state: TrainState) -> bytes:
     columns = {"step": pa.int32(), "label": pa.string(), "loss": pa.float32(), "num_samples": pa.int32()}
-    table = pa.table(
-        {name: pa.array([record[name] for record in progress.history], kind) for name, kind in columns.items()}
-    ).rename_columns(["step", "vision_task", "loss", "num_samples"])
+    table = pa.Table.from_pylist(state.history, pa.schema(columns))
+    table = table.rename_columns(["step", "vision_task", "loss", "num_samples"])
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     return buffer.getvalue()

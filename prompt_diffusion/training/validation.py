@@ -1,10 +1,10 @@
-"""Validation while a training runs: a loss over fixed samples of the validation split, and a grid of pictures."""
+"""Validation of an in-context training: a loss over fixed samples of the validation split, and a grid of images."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 
+from prompt_diffusion.engine.events import GridEvent, OnEvent
 from prompt_diffusion.model.base import Base
 from prompt_diffusion.model.controlnet import PromptDiffusionControlNet
 from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
@@ -19,8 +19,8 @@ NUM_SAMPLES = 96
 _SAMPLES_AT_ONCE = 8
 
 
-class Validation:
-    """Validates the networks as they are: the same samples, timesteps, noise and prompts each time."""
+class InContextValidator:
+    """Validates the networks with their present weights: the same samples, timesteps, noise and prompts each time."""
 
     def __init__(
         self,
@@ -30,11 +30,11 @@ class Validation:
         data: Mapping[str, TrainingData],
         device: torch.device,
         uri: str,
-        on_event: Callable[[dict[str, Any]], None] | None,
+        on_event: OnEvent | None,
     ) -> None:
-        """Take the networks that are trained; grids are written below ``uri``, and told to ``on_event``."""
+        """Take the networks being trained; grids are written below ``uri`` and reported to ``on_event``."""
         if any(len(set(each.rows.group_ids)) == 1 for each in data.values()):
-            # no other prompt group to take an example from: the query's own twin stands in
+            # there is no other prompt group to take an example from: use the query's own row
             own: dict[ExamplePolicy, float] = {"same_row": 1.0}
             config = config.model_copy(update={"image_to_map_examples": own, "map_to_image_examples": own})
         self.config, self.base, self.controlnet, self.data = config, base, controlnet, data
@@ -43,13 +43,13 @@ class Validation:
         self._grids: dict[int, bytes] = {}
 
     def __call__(self, step: int) -> float:
-        """Return the mean loss of the fixed samples; write the grid and tell where it is."""
+        """Return the mean loss of the fixed samples; write the grid and report it."""
         loss = self.compute_loss()
         self._grids = {step: self.render_grid(step)}
         uri = join_uri(self.uri, "validation", f"step-{step:08d}.png")
         write_bytes(uri, self._grids[step])
         if self.on_event is not None:
-            self.on_event({"step": step, "num_steps": self.config.num_steps, "grid_uri": uri})
+            self.on_event(GridEvent(step=step, num_steps=self.config.num_steps, uri=uri))
         return loss
 
     @torch.no_grad()
@@ -60,7 +60,7 @@ class Validation:
         return float(torch.cat([self.objective.compute_losses(batch)[0] for batch in batches]).mean())
 
     def render_grid(self, step: int) -> bytes:
-        """Return the grid at a step as PNG: the one that was just made, where the last validation was there."""
+        """Return the grid at a step as PNG, without rendering it again where the last validation was at this step."""
         if step in self._grids:
             return self._grids[step]
         was_training = self.controlnet.training
@@ -71,5 +71,5 @@ class Validation:
             self.controlnet.train(was_training)
 
     def close(self) -> None:
-        """End its threads."""
+        """Stop its threads."""
         self.objective.close()

@@ -6,14 +6,14 @@ import math
 import os
 import shutil
 import signal
-import time
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from prompt_diffusion.engine.checkpoint import (
-    Progress,
+    TrainState,
     check_room,
     choose_kept,
     estimate_checkpoint_bytes,
@@ -22,13 +22,9 @@ from prompt_diffusion.engine.checkpoint import (
 )
 from prompt_diffusion.engine.checkpoint_writer import CheckpointWriter
 from prompt_diffusion.engine.config import OptimizerConfig, TrainResources
-from prompt_diffusion.engine.distributed import ALONE
-from prompt_diffusion.engine.loop import run_loop
-from prompt_diffusion.engine.objective import LoopPlan
 from prompt_diffusion.engine.optimizer import build_optimizers
 from prompt_diffusion.store import storage
-from tests.sharing import wait_until
-from tests.warm import WarmProcess
+from tests.engine.objectives import Line, run_line
 
 NUM_STEPS = 6
 
@@ -71,7 +67,7 @@ class Model:
         }
         self.config = OptimizerConfig(name=name, ema_decay=0.9)
         self.optimizers = build_optimizers(self.parameters, self.config)
-        self.averages = {key: p.detach().clone() for key, p in self.parameters.items()}
+        self.ema = {key: p.detach().clone() for key, p in self.parameters.items()}
         self.step()
 
     def step(self) -> None:
@@ -80,25 +76,25 @@ class Model:
         for optimizer in self.optimizers:
             optimizer.step()
 
-    def save(self, writer: CheckpointWriter, progress: Progress) -> None:
-        writer.save(self.parameters, self.optimizers, progress, self.averages)
+    def save(self, writer: CheckpointWriter, state: TrainState) -> None:
+        writer.save(self.parameters, self.optimizers, state, self.ema)
 
-    def restore(self, folder: str) -> Progress:
-        return restore_checkpoint(folder, self.parameters, self.optimizers, self.averages)
+    def restore(self, folder: str) -> TrainState:
+        return restore_checkpoint(folder, self.parameters, self.optimizers, self.ema)
 
 
-def write_run(folder: str, steps: range, validations: dict[int, float]) -> Progress:
+def write_run(folder: str, steps: range, validations: dict[int, float]) -> TrainState:
     """Save a checkpoint at each step of a run, its weights all the number of the step."""
-    model, progress = Model(), Progress()
+    model, state = Model(), TrainState()
     with CheckpointWriter(folder, steps.stop - 1, TrainResources()) as writer:
-        for progress.step in steps:
+        for state.step in steps:
             with torch.no_grad():
-                model.parameters["bias"].fill_(progress.step)
-            progress.history.append({"step": progress.step, "label": "a", "loss": 1.0, "num_samples": 1})
-            if progress.step in validations:
-                progress.validations.append({"step": progress.step, "loss": validations[progress.step]})
-            model.save(writer, progress)
-    return progress
+                model.parameters["bias"].fill_(state.step)
+            state.history.append({"step": state.step, "label": "a", "loss": 1.0, "num_samples": 1})
+            if state.step in validations:
+                state.validations.append({"step": state.step, "loss": validations[state.step]})
+            model.save(writer, state)
+    return state
 
 
 @pytest.mark.parametrize("store", ["folder", "s3"])
@@ -106,12 +102,12 @@ def test_a_run_leaves_whole_checkpoints_of_the_steps_that_are_kept_and_nothing_e
     root = str(tmp_path) if store == "folder" else request.getfixturevalue("s3_store")
     folder = storage.join_uri(root, "checkpoints")
     storage.write_bytes(storage.join_uri(folder, "step-00000003", "weights.safetensors"), b"what a killed run left")
-    progress = write_run(folder, range(4, 13), {6: 1.0, 8: 2.0})
+    state = write_run(folder, range(4, 13), {6: 1.0, 8: 2.0})
     names = [f"step-{step:08d}" for step in (4, 6, 9, 11, 12)]
     assert list_checkpoints(folder) == names
     assert {name.split("/")[0] for name in storage.list_files(folder)} == set(names)
     model = Model()
-    assert model.restore(folder) == progress
+    assert model.restore(folder) == state
     assert torch.equal(model.parameters["bias"], torch.full((4,), 12.0))
     # the newest is damaged: the one before counts
     storage.write_bytes(storage.join_uri(folder, names[-1], "optimizer.safetensors"), b"other bytes")
@@ -119,44 +115,39 @@ def test_a_run_leaves_whole_checkpoints_of_the_steps_that_are_kept_and_nothing_e
 
 
 def test_what_is_written_is_the_state_of_the_moment_of_saving(tmp_path):
-    folder, model, progress = str(tmp_path), Model(size=600), Progress(step=1)
+    folder, model, state = str(tmp_path), Model(size=600), TrainState(step=1)
     before = {name: parameter.detach().clone() for name, parameter in model.parameters.items()}
     with CheckpointWriter(folder, 10, TrainResources()) as writer:
-        model.save(writer, progress)
+        model.save(writer, state)
         model.step()
-        progress.step, progress.num_skipped = 2, 7
-        progress.history.append({"step": 2})
+        state.step, state.num_skipped = 2, 7
+        state.history.append({"step": 2})
     assert list_checkpoints(folder) == ["step-00000001"]
     restored = Model(size=600)
-    assert restored.restore(folder) == Progress(step=1)
+    assert restored.restore(folder) == TrainState(step=1)
     assert all(torch.equal(restored.parameters[name], value) for name, value in before.items())
+
+
+def test_a_checkpoint_of_an_earlier_version_still_gives_its_ema(tmp_path):
+    """Its name used to be ``averages.safetensors``."""
+    folder, model = tmp_path / "step-00000001", Model()
+    for ema in model.ema.values():
+        ema.fill_(3.0)
+    with CheckpointWriter(str(tmp_path), 10, TrainResources()) as writer:
+        model.save(writer, TrainState(step=1))
+    (folder / "ema.safetensors").rename(folder / "averages.safetensors")
+    state = json.loads((folder / "state.json").read_text())
+    state["digests"]["averages.safetensors"] = state["digests"].pop("ema.safetensors")
+    (folder / "state.json").write_text(json.dumps(state))
+    restored = Model()
+    assert restored.restore(str(tmp_path)) == TrainState(step=1)
+    assert all(torch.equal(ema, torch.full_like(ema, 3.0)) for ema in restored.ema.values())
 
 
 def test_other_weights_than_the_models_are_refused(tmp_path):
     write_run(str(tmp_path), range(1, 2), {})
     with pytest.raises(ValueError, match=r"step-00000001 holds other weights than this model trains"):
         Model(size=5).restore(str(tmp_path))
-
-
-class Line:
-    """Each sample pulls the weights by one."""
-
-    labels = ("line",)
-
-    def __init__(self, size: int = 3) -> None:
-        self.weight = torch.nn.Parameter(torch.zeros(size))
-
-    def prepare(self, indices: range):
-        return indices
-
-    def compute_losses(self, batch):
-        return self.weight.sum().expand(len(batch)), [0] * len(batch)
-
-
-def run_line(folder: Path, line: Line, num_steps: int, every: float = 1e-9) -> Progress:
-    plan = LoopPlan(num_steps, 2, OptimizerConfig(learning_rate=0.1), str(folder))
-    resources = TrainResources(checkpoint_every_seconds=every)
-    return run_loop(line, {"weight": line.weight}, plan, resources, ALONE)
 
 
 def test_an_error_of_the_writer_ends_the_run(tmp_path):
@@ -184,32 +175,38 @@ def test_the_error_that_ends_a_run_is_not_hidden_by_the_writers(tmp_path, caplog
     assert "the last checkpoint could not be written" in caplog.text
 
 
-def write_long(folder: Path) -> None:
-    run_line(folder, Line(6_000_000), num_steps=1_000_000)
+_KILLED_WHILE_WRITING = """
+import os, signal, sys
+from pathlib import Path
+from prompt_diffusion.engine import checkpoint
+from tests.engine.objectives import Line, run_line
+
+write, num_written = checkpoint._write_tensors, 0
+
+def write_until_killed(uri, tensors):
+    global num_written
+    num_written += uri.endswith("optimizer.safetensors")
+    if num_written == 3:
+        Path(uri).write_bytes(b"half of a file")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(uri, tensors)
+
+checkpoint._write_tensors = write_until_killed
+run_line(Path(sys.argv[1]), Line(), num_steps=1_000_000)
+"""
 
 
-def test_a_kill_in_the_middle_of_an_upload_leaves_the_checkpoint_before_it(tmp_path):
-    """24 MB of weights are on the disk, their 48 MB of optimizer state and the seal are not yet."""
-    child = WarmProcess(write_long, tmp_path)
-    try:
-        for newest in _watch(tmp_path):
-            if len(list_checkpoints(str(tmp_path))) < 2 or not (newest / "weights.safetensors").exists():
-                continue
-            child.send_signal(signal.SIGSTOP)
-            wait_until(lambda: _is_stopped(child.pid), "the stop of all threads")
-            if not (newest / "state.json").exists():
-                break
-            child.send_signal(signal.SIGCONT)  # that upload was over in the meantime: wait for the next one
-    finally:
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-    assert (newest / "weights.safetensors").exists()
-    assert not (newest / "state.json").exists(), "the upload was over before the kill"
-    whole = list_checkpoints(str(tmp_path))[-1]
-    line = Line(6_000_000)
-    last = int(whole.removeprefix("step-"))
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before_it(tmp_path):
+    """The third checkpoint has its weights and half of its optimizer state when the process is killed."""
+    killed = subprocess.run([sys.executable, "-c", _KILLED_WHILE_WRITING, str(tmp_path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    *whole, broken = sorted(path.name for path in tmp_path.iterdir())
+    assert list_checkpoints(str(tmp_path)) == whole
+    assert len(whole) == 2
+    assert (tmp_path / broken / "weights.safetensors").exists()
+    line, last = Line(), int(whole[-1].removeprefix("step-"))
     assert run_line(tmp_path, line, num_steps=last).step == last
-    again = Line(6_000_000)
+    again = Line()
     (optimizer,) = build_optimizers({"weight": again.weight}, OptimizerConfig(learning_rate=0.1))
     for _ in range(last):
         again.weight.grad = torch.ones_like(again.weight)
@@ -217,26 +214,11 @@ def test_a_kill_in_the_middle_of_an_upload_leaves_the_checkpoint_before_it(tmp_p
     assert torch.equal(line.weight, again.weight)
 
 
-def _is_stopped(pid: int) -> bool:
-    """Say whether every thread of a process rests."""
-    states = (path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat"))
-    return all(state.rpartition(")")[2].split()[0] == "T" for state in states)
-
-
-def _watch(folder: Path):
-    """Yield, again and again, the newest folder without a seal."""
-    while True:
-        open_ones = [path for path in folder.glob("step-*") if not (path / "state.json").exists()]
-        if open_ones:
-            yield max(open_ones)
-        time.sleep(0.001)
-
-
 def test_the_estimate_is_what_a_checkpoint_takes(tmp_path):
     for name in ("muon", "adamw"):
         folder, model = tmp_path / name, Model(size=64, name=name)
         with CheckpointWriter(str(folder), 10, TrainResources()) as writer:
-            model.save(writer, Progress(step=1))
+            model.save(writer, TrainState(step=1))
         taken = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
         estimate = estimate_checkpoint_bytes(model.parameters, model.config)
         assert estimate <= taken < estimate + 4000  # the files' headers
@@ -267,10 +249,10 @@ def test_a_slow_store_delays_checkpoints_and_not_the_training(tmp_path):
     os.mkfifo(pipe)
     with CheckpointWriter(folder, 10, resources) as writer:
         assert writer.is_due
-        writer._under_way = writer._pool.submit(pipe.read_text)
+        writer._pending = writer._pool.submit(pipe.read_text)
         assert not writer.is_due
         pipe.write_text("the store answers")
         writer.wait()
         assert writer.is_due
-        model.save(writer, Progress(step=1))
+        model.save(writer, TrainState(step=1))
     assert json.loads((tmp_path / "step-00000001" / "state.json").read_text())["step"] == 1

@@ -1,112 +1,38 @@
-"""The loop on a problem whose every number can be worked out: what it skips, halves, averages, validates and resumes."""
+"""The loop on a problem whose every number can be worked out: what it skips, halves, averages and resumes."""
 
-import json
 import math
-import os
-import signal
 import threading
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from prompt_diffusion.data.sampler import split_batch
-from prompt_diffusion.engine import distributed as world_module
-from prompt_diffusion.engine import metrics
-from prompt_diffusion.engine.checkpoint import Progress, list_checkpoints
+from prompt_diffusion.engine.checkpoint import list_checkpoints
 from prompt_diffusion.engine.config import OptimizerConfig, TrainResources
-from prompt_diffusion.engine.distributed import ALONE, World, join_world
-from prompt_diffusion.engine.loop import Stopped, choose_device_batch, run_loop
-from prompt_diffusion.engine.metrics import count_flop
+from prompt_diffusion.engine.distributed import SINGLE_PROCESS, World
+from prompt_diffusion.engine.loop import Stopped, choose_micro_batch_size, run_loop
 from prompt_diffusion.engine.objective import LoopPlan
-from prompt_diffusion.engine.prefetch import Feed
 from prompt_diffusion.store.storage import join_uri
-from tests.sharing import find_free_ports
-from tests.warm import WarmProcess
-
-BATCH_SIZE = 8
-
-
-class Parabola:
-    """Sample i pulls the one parameter towards i modulo 5."""
-
-    labels = ("parabola",)
-
-    def __init__(self) -> None:
-        self.weight = torch.nn.Parameter(torch.zeros(3))
-        self.asked: list[range] = []
-        self.broken_steps: set[int] = set()
-        self.gain: dict[int, float] = {}
-        self.most_samples = BATCH_SIZE
-
-    def prepare(self, indices: range):
-        return indices, torch.tensor([float(index % 5) for index in indices])
-
-    def compute_losses(self, batch):
-        indices, targets = batch
-        self.asked.append(indices)
-        if len(indices) > self.most_samples:
-            raise torch.OutOfMemoryError(f"{len(indices)} samples")
-        losses = (self.weight.view(1, -1) - targets[:, None]).square().sum(dim=1)
-        steps = [index // BATCH_SIZE for index in indices]
-        factors = [math.nan if step in self.broken_steps else self.gain.get(step, 1.0) for step in steps]
-        return losses * torch.tensor(factors), [0] * len(indices)
-
-
-def plan_loop(folder, num_steps: int = 6, **fields) -> LoopPlan:
-    optimizer = OptimizerConfig(learning_rate=0.1, weight_decay=0.0, **fields)
-    return LoopPlan(num_steps, BATCH_SIZE, optimizer, join_uri(str(folder), "checkpoints"))
-
-
-def train(
-    tmp_path, objective: Parabola, num_steps: int = 6, device_batch_size: int = 8, every: float = 1e-9, **fields
-) -> Progress:
-    resources = TrainResources(device_batch_size=device_batch_size, checkpoint_every_seconds=every)
-    return run_loop(objective, {"weight": objective.weight}, plan_loop(tmp_path, num_steps, **fields), resources, ALONE)
-
-
-def stop_at(objective: Parabola, step: int) -> None:
-    """Have an objective interrupt the run at a step, before its gradient."""
-    compute_losses = objective.compute_losses
-
-    def interrupt(batch):
-        if batch[0].start >= step * BATCH_SIZE:
-            raise KeyboardInterrupt
-        return compute_losses(batch)
-
-    objective.compute_losses = interrupt  # type: ignore[method-assign]
-
-
-def signal_at(objective: Parabola, step: int) -> None:
-    """Have an objective send this process SIGTERM while it computes a step."""
-    compute_losses = objective.compute_losses
-
-    def ask_to_stop(batch):
-        if batch[0].start // BATCH_SIZE == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return compute_losses(batch)
-
-    objective.compute_losses = ask_to_stop  # type: ignore[method-assign]
+from tests.engine.objectives import BATCH_SIZE, Parabola, plan_loop, signal_at, stop_at, train
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path):
     with_gap, one_less = Parabola(), Parabola()
     with_gap.broken_steps = {5}
-    progress = train(tmp_path / "gap", with_gap)
+    state = train(tmp_path / "gap", with_gap)
     train(tmp_path / "less", one_less, num_steps=5)
-    assert progress.step == 6
-    assert progress.num_skipped == 1
+    assert state.step == 6
+    assert state.num_skipped == 1
     assert torch.equal(with_gap.weight, one_less.weight)
-    assert all(math.isfinite(record["loss"]) for record in progress.history)
+    assert all(math.isfinite(record["loss"]) for record in state.history)
 
 
 def test_after_a_skipped_step_the_training_goes_on(tmp_path):
     objective = Parabola()
     objective.broken_steps = {1, 2}
-    progress = train(tmp_path, objective, num_steps=60)
-    assert progress.num_skipped == 2
-    assert progress.skipped_in_a_row == 0
+    state = train(tmp_path, objective, num_steps=60)
+    assert state.num_skipped == 2
+    assert state.skipped_in_a_row == 0
     assert (objective.weight - 2.0).abs().max() < 0.3
 
 
@@ -179,10 +105,10 @@ def test_a_sample_that_does_not_fit_is_said(tmp_path):
 
 def test_a_gpu_begins_with_its_whole_share_and_a_cpu_with_little(tmp_path):
     plan, automatic = LoopPlan(1, 512, OptimizerConfig(), str(tmp_path)), TrainResources()
-    assert choose_device_batch(plan, automatic, World(0, 4, torch.device("cuda"))) == 128
-    assert choose_device_batch(plan, automatic, World(0, 4)) == 16
-    assert choose_device_batch(plan, automatic, World(0, 64)) == 8
-    assert choose_device_batch(plan, TrainResources(device_batch_size=48), World(0, 4)) == 48
+    assert choose_micro_batch_size(plan, automatic, World(0, 4, torch.device("cuda"))) == 128
+    assert choose_micro_batch_size(plan, automatic, World(0, 4)) == 16
+    assert choose_micro_batch_size(plan, automatic, World(0, 64)) == 8
+    assert choose_micro_batch_size(plan, TrainResources(device_batch_size=48), World(0, 4)) == 48
 
 
 def test_the_steps_are_those_of_a_plain_loop_for_any_number_of_threads(tmp_path):
@@ -202,28 +128,10 @@ def test_the_steps_are_those_of_a_plain_loop_for_any_number_of_threads(tmp_path)
         ahead = Parabola()
         resources = TrainResources(device_batch_size=3, loader_threads=num_threads)
         plan = plan_loop(tmp_path / str(num_threads))
-        progress = run_loop(ahead, {"weight": ahead.weight}, plan, resources, ALONE)
+        state = run_loop(ahead, {"weight": ahead.weight}, plan, resources, SINGLE_PROCESS)
         assert torch.equal(ahead.weight, plain.weight)
-        assert [record["loss"] for record in progress.history] == values
+        assert [record["loss"] for record in state.history] == values
         assert ahead.asked == plain.asked
-
-
-def test_micro_batches_are_prepared_ahead_over_steps_but_only_a_few():
-    prepared, second_step = [], threading.Event()
-
-    def prepare(indices: range) -> range:
-        prepared.append(indices)
-        if indices.start == BATCH_SIZE:
-            second_step.set()
-        return indices
-
-    with Feed(prepare, range(100), BATCH_SIZE, ALONE, size=4, num_threads=2) as feed:
-        first = next(feed.take(0))
-        assert first == range(4)
-        second_step.wait()  # it is prepared while the first is under way, or this never ends
-        parts = (part for step in range(1, 20) for part in feed.take(step))
-        ahead = [len(prepared) - taken for taken, _ in enumerate(parts, start=2)]
-    assert max(ahead) <= 4, "more than two threads' work and two micro-batches were prepared ahead"
 
 
 def test_an_error_in_preparing_ends_the_run_with_that_error(tmp_path):
@@ -241,7 +149,7 @@ def test_an_error_in_preparing_ends_the_run_with_that_error(tmp_path):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(("prepare", "checkpoint"))]
 
 
-def test_the_average_of_the_weights_becomes_the_model(tmp_path):
+def test_the_ema_of_the_weights_becomes_the_model(tmp_path):
     plain, averaged = Parabola(), Parabola()
     path = []
     for steps in range(1, 5):
@@ -258,7 +166,7 @@ def test_the_average_of_the_weights_becomes_the_model(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_averages_and_counts_survive_a_restart_bit_for_bit(tmp_path, optimizer):
+def test_ema_and_counts_survive_a_restart_bit_for_bit(tmp_path, optimizer):
     whole, first, second = Parabola(), Parabola(), Parabola()
     for objective in (whole, first, second):
         objective.weight = torch.nn.Parameter(torch.zeros(1, 3) if optimizer == "muon" else torch.zeros(3))
@@ -274,96 +182,6 @@ def test_averages_and_counts_survive_a_restart_bit_for_bit(tmp_path, optimizer):
     assert resumed.num_skipped == straight.num_skipped == 1
 
 
-def validate_with(objective: Parabola, losses: dict[int, float], seen: list[tuple[int, torch.Tensor]]):
-    def validate(step: int) -> float:
-        seen.append((step, objective.weight.detach().clone()))
-        return losses[step]
-
-    return validate
-
-
-def test_validations_see_the_averages_and_leave_the_training_as_it_is(tmp_path):
-    plain, validated, losses = Parabola(), Parabola(), {2: 5.0, 4: 3.0, 5: 4.0}
-    train(tmp_path / "plain", plain, num_steps=5, ema_decay=0.75)
-    seen: list[tuple[int, torch.Tensor]] = []
-    events: list[dict] = []
-    resources = TrainResources(validate_every_steps=2, log_every_steps=5)
-    plan = plan_loop(tmp_path / "validated", 5, ema_decay=0.75)
-    validate = validate_with(validated, losses, seen)
-    progress = run_loop(validated, {"weight": validated.weight}, plan, resources, ALONE, events.append, validate)
-    assert torch.equal(validated.weight, plain.weight)
-    assert torch.equal(seen[-1][1], plain.weight), "the last validation is of the model that comes out"
-    assert progress.validations == [{"step": step, "loss": loss} for step, loss in losses.items()]
-    assert [event for event in events if "loss" not in event] == [
-        {"step": step, "num_steps": 5, "validation_loss": loss, "is_best": step != 5} for step, loss in losses.items()
-    ]
-    # far from due by the clock: the best so far are saved, and the last
-    assert list_checkpoints(plan.checkpoints) == ["step-00000002", "step-00000004", "step-00000005"]
-
-
-def test_no_step_is_validated_twice_and_none_is_left_out_by_a_stop(tmp_path):
-    losses, events = {2: 1.0, 4: 2.0, 6: 3.0}, []
-    resources = TrainResources(validate_every_steps=2, checkpoint_every_seconds=1e-9)
-    plan = plan_loop(tmp_path)
-    stopped, resumed, again = Parabola(), Parabola(), Parabola()
-    seen: list[tuple[int, torch.Tensor]] = []
-    signal_at(stopped, 3)
-    for objective in (stopped, resumed, again):
-        arguments = ({"weight": objective.weight}, plan, resources, ALONE, events.append)
-        validate = validate_with(objective, losses, seen)
-        if objective is stopped:
-            with pytest.raises(Stopped, match="stopped at step 4 of 6"):
-                run_loop(objective, *arguments, validate)
-            assert [step for step, _ in seen] == [2], "a validation held up the stop"
-        else:
-            progress = run_loop(objective, *arguments, validate)
-    assert [step for step, _ in seen] == [2, 4, 6]
-    assert [record["step"] for record in progress.validations] == [2, 4, 6]
-    assert resumed.asked[0].start == 4 * BATCH_SIZE
-    assert again.asked == []
-
-
-class Slope:
-    """One product a sample, 3 by 4 and 4 by 5, whose arithmetic is 2 * 3 * 4 * 5 forward and as much for each gradient."""
-
-    labels = ("slope",)
-
-    def __init__(self) -> None:
-        self.weight = torch.nn.Parameter(torch.ones(4, 5))
-
-    def prepare(self, indices: range):
-        return torch.stack([torch.full((3, 4), float(index % 7)) for index in indices])
-
-    def compute_losses(self, batch):
-        return (batch @ self.weight - 1.0).square().flatten(1).mean(dim=1), [0] * len(batch)
-
-
-def test_an_event_tells_speed_memory_and_arithmetic(tmp_path, monkeypatch):
-    slope, events = Slope(), []
-    seconds = iter([0.0, 1.0, 2.0, 5.0, 5.5])  # the start, and the end of each step
-    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
-    resources = TrainResources(log_every_steps=1)
-    run_loop(slope, {"weight": slope.weight}, plan_loop(tmp_path, 4), resources, ALONE, events.append)
-    assert all(event["gigaflop_per_sample"] == pytest.approx(2 * 120e-9) for event in events)
-    for event in events:
-        assert event["model_flops_per_second"] == pytest.approx(240 * event["samples_per_second"])
-        assert 50e6 < event["device_memory_bytes"] < 50e9
-    # each rate is that of its own step: one since the start would still show the slow third
-    assert [event["samples_per_second"] for event in events] == [BATCH_SIZE / each for each in (1.0, 1.0, 3.0, 0.5)]
-    assert [event["eta_seconds"] for event in events] == [3.0, 2.0, 3.0, 0.0]
-
-
-def test_counting_the_arithmetic_changes_nothing_and_sees_into_a_compiled_network(tmp_path):
-    heard, unheard = Slope(), Slope()
-    run_loop(heard, {"weight": heard.weight}, plan_loop(tmp_path / "a"), TrainResources(), ALONE, lambda _: None)
-    run_loop(unheard, {"weight": unheard.weight}, plan_loop(tmp_path / "b"), TrainResources(), ALONE)
-    assert torch.equal(heard.weight, unheard.weight)
-    compiled = Slope()
-    compiled.compute_losses = torch.compile(compiled.compute_losses)  # type: ignore[method-assign]
-    assert count_flop(compiled, 0, torch.device("cpu"), is_compiled=True) == 240
-    assert count_flop(Parabola(), 0, torch.device("cpu"), is_compiled=False) is None
-
-
 def test_a_signal_saves_and_ends(tmp_path):
     stopped, resumed, whole = Parabola(), Parabola(), Parabola()
     signal_at(stopped, 3)
@@ -374,67 +192,3 @@ def test_a_signal_saves_and_ends(tmp_path):
     train(tmp_path / "whole", whole, every=1e9)
     assert resumed.asked[0].start == 4 * BATCH_SIZE
     assert torch.equal(resumed.weight, whole.weight)
-
-
-def _sum_gradients_in_small_buckets(world: World) -> list[list[float]]:
-    """Sum gradients of 3, 2 and 6 numbers (the latter not as they lie in memory), 5 and 1, where 6 numbers fill a message."""
-    world_module._BUCKET_BYTES = 6 * 4
-    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in (3, 2, (2, 3), 4, 5, 1)]
-    for number, parameter in enumerate(parameters):
-        if number != 3:  # one that has none
-            values = torch.arange(float(parameter.numel())) + 10 * number + 100 * world.rank
-            parameter.grad = values.view(3, 2).T if number == 2 else values
-    world.sum_gradients(parameters)
-    return [parameter.grad.flatten().tolist() for parameter in parameters if parameter.grad is not None]
-
-
-def _train_by_two_by_one_by_two(rank: int, folder: str, port: int) -> None:
-    """Steps 1 to 3 by two processes, 4 to 6 by one, 7 to 9 by two; a signal to the last process ends the first parts."""
-    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    result = {"asked": []}
-    with join_world("cpu", 1) as both:
-        result["sums"] = _sum_gradients_in_small_buckets(both)
-        for world, until in ((both, 3), (ALONE, 6), (both, 9)):
-            if rank < world.size:
-                objective = Parabola()
-                if world.rank == world.size - 1 and until < 9:
-                    signal_at(objective, until - 1)
-                resources = TrainResources(device_batch_size=3)
-                arguments = ({"weight": objective.weight}, plan_loop(folder, 9), resources, world)
-                try:
-                    result["losses"] = [record["loss"] for record in run_loop(objective, *arguments).history]
-                except Stopped:
-                    assert until < 9
-                result["asked"].append([(indices.start, indices.stop) for indices in objective.asked])
-                result["weight"] = objective.weight.tolist()
-            both.wait_for_all()
-    Path(folder, f"rank-{rank}.json").write_text(json.dumps(result))
-
-
-def test_two_processes_one_and_two_again_see_one_stream_and_lose_nothing(tmp_path):
-    (port,) = find_free_ports()
-    ranks = [WarmProcess(_train_by_two_by_one_by_two, rank, str(tmp_path), port) for rank in (0, 1)]
-    assert [rank.wait() for rank in ranks] == [0, 0]
-    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
-    assert [len(part) for part in first["asked"]] == [6, 9, 6]
-    assert [len(part) for part in second["asked"]] == [6, 6]
-    stream = [i for run in (first, second) for part in run["asked"] for ends in part for i in range(*ends)]
-    assert sorted(stream) == list(range(9 * BATCH_SIZE)), "a sample came twice, or never"
-    alone = Parabola()
-    progress = train(tmp_path / "alone", alone, num_steps=9, device_batch_size=3)
-    expected = [[0, 1, 2], [10, 11], [20, 22, 24, 21, 23, 25], [40, 41, 42, 43, 44], [50]]
-    assert first["sums"] == second["sums"] == [[2 * value + 100 for value in values] for values in expected]
-    assert first["weight"] == second["weight"]
-    # the same sums in another order, in float32: 6e-8 a rounding, a few roundings in nine steps
-    torch.testing.assert_close(torch.tensor(first["weight"]), alone.weight.detach(), rtol=1e-6, atol=1e-6)
-    assert first["losses"] == pytest.approx([record["loss"] for record in progress.history], rel=1e-6)
-
-
-def test_min_snr_weights_by_hand():
-    # here, for the processes that this module starts need not load diffusers
-    from prompt_diffusion.engine.noise import weigh_by_snr
-
-    alphas = torch.tensor([0.9, 0.5, 0.0])  # signal-to-noise ratios 9, 1, 0
-    steps = torch.tensor([0, 1, 2])
-    torch.testing.assert_close(weigh_by_snr(alphas, steps, 5.0, "epsilon"), torch.tensor([5 / 9, 1.0, 1.0]))
-    torch.testing.assert_close(weigh_by_snr(alphas, steps, 5.0, "v_prediction"), torch.tensor([0.5, 0.5, 0.0]))

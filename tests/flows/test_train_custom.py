@@ -52,7 +52,7 @@ def test_a_folder_of_pairs_becomes_a_registered_model_that_goes_on_from_another(
     monkeypatch.setenv("PROMPT_DIFFUSION_REGISTERED_MODEL", "custom-test")
     store = copy_smoke_inputs(tmp_path / "store")
     joint = train_six_task("smoke", FAST | {"train.num_steps": 1}, store)
-    start = "models:/custom-test@challenger"
+    start = "models:/custom-test/1"
     ref = train_custom(str(pairs), "sketch", model=start, steps=2, preset="smoke", overrides=FAST, store=store)
     manifest, before = open_manifest(ref.uri), open_manifest(joint.uri)
     assert manifest.identity.config["vision_tasks"] == ["sketch_to_image"]
@@ -61,7 +61,7 @@ def test_a_folder_of_pairs_becomes_a_registered_model_that_goes_on_from_another(
     assert str(tmp_path) not in manifest.identity.model_dump_json()
 
     # it goes on from the joint model's weights: after two steps of a warm-up they have hardly moved
-    own = prompt_diffusion.load("models:/custom-test-sketch@challenger")
+    own = prompt_diffusion.load("models:/custom-test-sketch/1")
     joint_model = prompt_diffusion.load(start)
     trained = before.counts["steps"]
     assert (trained, manifest.counts["steps"]) == (1, 2)

@@ -14,12 +14,14 @@ import pytest
 import torch
 
 import prompt_diffusion
+from prompt_diffusion.engine.events import ValidationEvent
 from prompt_diffusion.registry import (
     ModelFacts,
     RunTracker,
     connect,
     fetch,
     list_versions,
+    record_evaluation,
     record_metrics,
     register_folder,
     register_model,
@@ -121,7 +123,9 @@ def test_measuring_a_model_again_leaves_the_aliases_where_they_are(
     model, settings, registered, train_one_step, tiny_base
 ):
     newer = register_model(train_one_step(tiny_base, seed=1), settings)
-    assert register_model(model, settings, {"rmse/image_to_depth": 0.5}, alias=None).version == registered.version
+    assert (newer.alias, newer.previous) == ("challenger", registered.version)
+    (measured,) = (m for m in record_evaluation(model, settings, {"rmse/image_to_depth": 0.5}) if m.name == newer.name)
+    assert measured == registered.model_copy(update={"alias": None})
     aliases = {version.version: version.aliases for version in list_versions(settings, "prompt-diffusion")}
     assert aliases == {newer.version: ("challenger",), registered.version: ()}
     connect(settings).delete_model_version(newer.name, newer.version)
@@ -265,14 +269,14 @@ def test_registration_first_delivers_what_the_training_could_not(model, settings
     away = settings.model_copy(update={"tracking_uri": "http://127.0.0.1:1"})
     identity = open_manifest(model.uri).identity
     with RunTracker(away, "joint", identity) as tracker:
-        tracker.log_event({"step": 1, "num_steps": 1, "loss": 0.5, "losses": {"image_to_hed": 0.5}})
+        tracker.log_event(ValidationEvent(step=1, num_steps=1, loss=0.5, is_best=True))
         tracker.finish(model, limit_seconds=0.1)
     assert tracker.outbox.path.exists()
     run_id = register_model(model, settings).run_id
     assert not tracker.outbox.path.exists()
     run = connect(settings).get_run(run_id)
     assert run.data.tags["fingerprint"] == model.fingerprint
-    assert [(p.step, p.value) for p in connect(settings).get_metric_history(run_id, "loss")] == [(1, 0.5)]
+    assert [(p.step, p.value) for p in connect(settings).get_metric_history(run_id, "validation/loss")] == [(1, 0.5)]
     assert {"grid.png", "losses.parquet", "models"} <= {file.path for file in connect(settings).list_artifacts(run_id)}
 
 

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import signal
 import sys
 import urllib.error
 import urllib.request
@@ -122,6 +123,22 @@ def test_images_may_be_of_any_size_and_kind(pyfunc, row):
     assert image.shape == (32, 32, 3)
 
 
+def test_base64_may_have_line_breaks(pyfunc, row):
+    broken = {name: base64.encodebytes(base64.b64decode(text)).decode() for name, text in row.items()}
+    assert any("\n" in text.strip() for text in broken.values())
+    whole, other = (predict(pyfunc, [each], num_inference_steps=1)[0] for each in (row, broken))
+    np.testing.assert_array_equal(whole, other)
+
+
+def test_models_of_others_in_the_same_process_keep_mlflows_own_manners(pyfunc):
+    import mlflow
+    from mlflow.types.schema import ParamSchema, ParamSpec
+
+    theirs = ParamSchema([ParamSpec("temperature", "double", 1.0)])
+    _, params = mlflow.pyfunc._validate_prediction_input("x", {"unheard": 1}, None, theirs)
+    assert params == {"temperature": 1.0}
+
+
 def large_png():
     """A few kilobytes that would be 100 megapixels."""
     buffer = io.BytesIO()
@@ -152,6 +169,8 @@ def wide_png():
             "params.num_inference_steps: Input should be greater than or equal to 1, got 0",
         ),
         ({}, {"guidance_scale": float("nan")}, "params.guidance_scale: Input should be a finite number, got nan"),
+        ({}, {"num_steps": 3}, "unknown params: num_steps; a request may have guidance_scale, num_inference_steps"),
+        ({"negativ_prompt": "x"}, {}, "unknown columns: negativ_prompt; a request may have prompt"),
         ({}, {"seed": -1}, "params.seed: Input should be greater than or equal to 0, got -1"),
     ],
 )
@@ -183,3 +202,89 @@ def test_the_signature_names_every_column_and_parameter(pyfunc):
         "seed": 0,
     }
     assert signature.outputs.input_names() == ["image"]
+
+
+@pytest.mark.parametrize(("rows", "steps"), [(16, 101), (2, 1000)])
+def test_rows_times_steps_are_bounded(pyfunc, row, rows, steps):
+    from mlflow.exceptions import MlflowException
+
+    with pytest.raises(MlflowException, match=f"up to 1600 steps over all its rows, this one {rows} x {steps}"):
+        predict(pyfunc, [row] * rows, num_inference_steps=steps)
+
+
+def run_in_thread(model, row, rows, steps):
+    """Send a request in a thread; return the thread, and where its result or error will stand."""
+    import threading
+
+    import pandas as pd
+
+    outcome = []
+
+    def run():
+        try:
+            outcome.append(model.predict(None, pd.DataFrame([row] * rows), {"num_inference_steps": steps}))
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread, outcome
+
+
+def test_a_sigterm_ends_a_request_at_its_next_step_and_still_reaches_the_server(pyfunc, row):
+    from mlflow.exceptions import MlflowException
+
+    from prompt_diffusion.registry.serving import ServedModel
+
+    told = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    try:
+        model = ServedModel()
+        model.load_context(pyfunc._model_impl.context)
+        thread, outcome = run_in_thread(model, row, 16, 100)
+        signal.raise_signal(signal.SIGTERM)
+        thread.join()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert told == [signal.SIGTERM]
+    (error,) = outcome
+    assert isinstance(error, MlflowException)
+    assert (error.get_http_status_code(), error.message) == (503, "the server is ending: send the request again later")
+
+
+def test_a_request_that_the_server_has_given_up_stops_and_lets_the_next_one_in(pyfunc, row, monkeypatch):
+    from mlflow.exceptions import MlflowException
+
+    from prompt_diffusion.registry.serving import ServedModel
+
+    model = ServedModel()
+    model.load_context(pyfunc._model_impl.context)
+    monkeypatch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")
+    monkeypatch.setenv("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT", "0")  # given up at once
+    thread, outcome = run_in_thread(model, row, 16, 100)
+    thread.join()
+    (error,) = outcome
+    assert isinstance(error, MlflowException)
+    assert (error.get_http_status_code(), "longer than the server waits" in error.message) == (503, True)
+    model._lock.acquire()  # another request is under way, and this one's time ends while it waits
+    try:
+        thread, outcome = run_in_thread(model, row, 1, 1)
+        thread.join()
+    finally:
+        model._lock.release()
+    assert "longer than the server waits" in outcome[0].message
+    monkeypatch.setenv("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT", "100000")
+    thread, outcome = run_in_thread(model, row, 1, 1)
+    thread.join()
+    assert len(decode_image(base64.b64decode(outcome[0]["image"][0]))) == 32
+
+
+def test_no_handler_is_left_where_nothing_handles_the_signal(pyfunc):
+    from prompt_diffusion.registry.serving import ServedModel
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        ServedModel().load_context(pyfunc._model_impl.context)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)

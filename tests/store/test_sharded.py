@@ -257,3 +257,33 @@ def test_metadata_of_the_rows_reaches_the_readers(tmp_store: str) -> None:
     ref = run_sharded_stage(IDENTITY, tmp_store, 2, make)
     assert open_manifest(ref.uri).read_table().schema.metadata == metadata
     assert pq.read_schema(Path(ref.uri) / "shard-00001.parquet").metadata[b"huggingface"] == metadata[b"huggingface"]
+
+
+def test_over_its_budget_a_stage_makes_again_what_an_earlier_run_rejected_and_nothing_else(store_root: str) -> None:
+    broken = {1, 3}
+
+    def make_shard(index: int) -> ShardRows:
+        made.append(index)
+        rejects = [Reject(sample_id=f"{index}", reason="its image is empty")] if index in broken else []
+        return pa.table({"x": range(10 * index, 10 * index + 10 - len(rejects))}), rejects
+
+    made: list[int] = []
+    with pytest.raises(ValueError, match="rejected 2 of 50 samples"):
+        run_sharded_stage(IDENTITY, store_root, 5, make_shard)
+    assert made == [0, 1, 2, 3, 4]
+    made.clear()
+    broken.remove(3)
+    with pytest.raises(ValueError, match="rejected 1 of 50 samples"):
+        run_sharded_stage(IDENTITY, store_root, 5, make_shard, reject_budget=0.0)
+    assert made == [1, 3]
+    broken.remove(1)
+    ref = run_sharded_stage(IDENTITY, store_root, 5, make_shard, reject_budget=0.0)
+    assert open_manifest(ref.uri).counts == {"rows": 50, "rejects": 0}
+    assert open_manifest(ref.uri).read_table()["x"].to_pylist() == list(range(50))
+
+
+def test_within_its_budget_a_stage_keeps_what_an_earlier_run_left(tmp_store: str) -> None:
+    make_shards(IDENTITY, tmp_store, 3, Maker(), [0, 1])
+    maker = Maker()
+    run_sharded_stage(IDENTITY, tmp_store, 3, maker, reject_budget=0.1)
+    assert maker.made == [2]

@@ -74,11 +74,11 @@ def settings(tmp_path):
 def actions(settings, tiny_pipeline, tmp_path, monkeypatch):
     """Return what the page's buttons do, for one model, on a page that others can reach."""
     from prompt_diffusion.studio.actions import Actions
-    from prompt_diffusion.studio.maps import MapMaker
+    from prompt_diffusion.studio.maps import StudioAnnotators
     from prompt_diffusion.studio.models import ModelShelf
 
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "files"))
-    return Actions(ModelShelf(settings, tiny_pipeline, "cpu", takes_folders=False), MapMaker(settings, "cpu"))
+    return Actions(ModelShelf(settings, tiny_pipeline, "cpu", takes_folders=False), StudioAnnotators(settings, "cpu"))
 
 
 @pytest.fixture

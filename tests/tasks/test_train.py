@@ -10,12 +10,13 @@ from prefect import task
 from prefect.client.schemas.objects import StateType, TaskRun
 from prefect.states import State
 
+from prompt_diffusion.engine.events import Event, LaunchEvent, StepEvent, ValidationEvent, describe
 from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.inputs import TrainInputs
 from prompt_diffusion.training.launch import TimeLimitError, TrainingStoppedError
 from prompt_diffusion.training.stage import Train
 from tasks import progress
-from tasks.progress import describe_losses, describe_step, log_training, show_progress
+from tasks.progress import log_training, show_progress
 from tasks.retries import is_transient
 from tasks.train import stop_on_interrupt
 
@@ -58,36 +59,21 @@ def test_trainings_are_called_by_what_they_know(train_refs: Callable[..., TrainI
     assert Train(baseline, inputs).title == "CN(FT) image_to_hed"
 
 
-STEP = {
-    "step": 1250,
-    "num_steps": 5000,
-    "loss": 0.12345,
-    "losses": {"depth_to_image": 0.12345, "hed_to_image": 0.2},
-    "gradient_norm": 0.5612,
-    "num_skipped": 0,
-    "samples_per_second": 512.34,
-    "eta_seconds": 7384.2,
-    "device_memory_bytes": 61_200_000_000,
-    "model_flops_per_second": 316.4e12,
-}
-
-
-def test_a_step_s_line_fits_a_terminal_and_leaves_out_what_is_not_known() -> None:
-    full = describe_step(STEP)
-    assert full == (
-        "[##........] step 1250 of 5000, loss 0.1235, gradient 0.561, 512.3 samples/s, 61.2 GB, 316 TFLOP/s, 2:03:04 left"
+def make_step(step: int) -> StepEvent:
+    return StepEvent(
+        step=step,
+        num_steps=5000,
+        loss=0.1,
+        losses={"depth_to_image": step / 10_000, "hed_to_image": 0.2},
+        gradient_norm=0.5,
+        learning_rate_factor=1.0,
+        num_skipped=0,
+        samples_per_second=512.0,
+        eta_seconds=60.0,
+        device_memory_bytes=61_200_000_000,
+        gigaflop_per_sample=None,
+        model_flops_per_second=None,
     )
-    assert len(f"Prompt Diffusion {full}") <= 130
-    assert "45 GFLOP/s" in describe_step(STEP | {"model_flops_per_second": 45.2e9})
-    bare = describe_step(STEP | {"device_memory_bytes": None, "model_flops_per_second": None, "num_skipped": 2})
-    assert (
-        bare == "[##........] step 1250 of 5000, loss 0.1235, gradient 0.561, 512.3 samples/s, 2 skipped, 2:03:04 left"
-    )
-
-
-def test_the_losses_line_has_the_mean_of_each_vision_task() -> None:
-    losses = {"image_to_hed": [0.5], "depth_to_image": [0.1, 0.3]}
-    assert describe_losses(losses) == "losses depth→image 0.200, image→hed 0.500"
 
 
 @pytest.fixture
@@ -98,28 +84,36 @@ def logger(monkeypatch: pytest.MonkeyPatch) -> logging.Logger:
     return logger
 
 
-def test_every_kind_of_event_is_told_and_the_bar_follows_the_steps(
+def test_events_are_logged_a_step_only_now_and_then_and_the_bar_follows_the_steps(
     logger: logging.Logger, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     bar: list[tuple[float, str]] = []
     monkeypatch.setattr(
-        progress, "create_progress_artifact", lambda percent, description: bar.append((percent, "made"))
+        progress, "create_progress_artifact", lambda *point, description: bar.append((*point, description)) or "it"
+    )
+    monkeypatch.setattr(
+        progress, "update_progress_artifact", lambda _, percent, description: bar.append((percent, description))
     )
     with caplog.at_level(logging.INFO):
         report = log_training("joint")
-        report({"command": "python -m prompt_diffusion.training.run run.json"})
-        report({"hardware": {"device": "NVIDIA H100", "num_processes": 8}})
-        report(STEP)
-        report(STEP | {"step": 1260})
-        report({"step": 1250, "num_steps": 5000, "validation_loss": 0.25, "is_best": True})
+        events: list[Event] = [
+            LaunchEvent(command="python -m prompt_diffusion.training.run run.json"),
+            make_step(1250),
+            make_step(1260),
+            ValidationEvent(step=1250, num_steps=5000, loss=0.25, is_best=True),
+            make_step(5000),
+        ]
+        for event in events:
+            report(event)
     assert [record.message for record in caplog.records] == [
-        "joint, by hand: python -m prompt_diffusion.training.run run.json",
-        "joint: device NVIDIA H100, num processes 8",
-        f"joint {describe_step(STEP)}",
-        "losses depth→image 0.123, hed→image 0.200",
-        "joint step 1250: validation loss 0.2500, the best so far",
+        f"joint: {describe(events[0])}",
+        f"joint [##........] {describe(events[1])}",
+        "joint: losses depth→image 0.125, hed→image 0.200",
+        f"joint: {describe(events[3])}",
+        f"joint [##########] {describe(events[4])}",
+        "joint: losses depth→image 0.313, hed→image 0.200",  # the mean of steps 1260 and 5000
     ]
-    assert bar == [(25.0, "made")]
+    assert bar == [(25.0, f"joint: {describe(events[1])}"), (100.0, f"joint: {describe(events[4])}")]
 
 
 def test_a_bar_that_prefect_does_not_take_stops_nothing(

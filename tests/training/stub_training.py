@@ -19,6 +19,20 @@ from pathlib import Path
 
 VARIABLE = "STUB_TRAINING"
 SENTENCE = "prediction_type is 'epsilon', but base is of another kind"
+STEP = {
+    "step": 1,
+    "num_steps": 10,
+    "loss": 1.0,
+    "losses": {},
+    "gradient_norm": 1.0,
+    "learning_rate_factor": 1.0,
+    "num_skipped": 0,
+    "samples_per_second": 1.0,
+    "eta_seconds": 9.0,
+    "device_memory_bytes": 1,
+    "gigaflop_per_sample": None,
+    "model_flops_per_second": None,
+}
 SEALED = {"uri": "/store/train/abc", "stage": "train", "fingerprint": "abc", "rows": 10}
 
 
@@ -30,8 +44,8 @@ def build_stub(folder: Path) -> str:
     return str(program)
 
 
-def tell(**event: object) -> None:
-    print(json.dumps(event), flush=True)  # noqa: T201
+def tell(kind: str, **event: object) -> None:
+    print(json.dumps({"kind": kind, **event}), flush=True)  # noqa: T201
 
 
 def take_steps(spec: Path, is_deaf: bool) -> int:
@@ -42,7 +56,7 @@ def take_steps(spec: Path, is_deaf: bool) -> int:
     while not stopped:
         step += 1
         if rank == "0":
-            tell(step=step)
+            tell("step", **(STEP | {"step": step}))
         time.sleep(0.005)
     (spec.parent / f"saved-{rank}").write_text(str(step))
     return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 75
@@ -57,12 +71,12 @@ def main(arguments: list[str]) -> int:
         return take_steps(spec, what == "deaf")
     if what == "mistake":
         if os.environ.get("RANK", "0") == "0":
-            tell(error=SENTENCE)
+            tell("error", message=SENTENCE)
         return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 2
     if what == "sealed":
         print("a library's own words\n[1, 2]")  # noqa: T201
-        tell(step=1)
-        tell(sealed=SEALED)
+        tell("step", **STEP)
+        tell("sealed", manifest=SEALED)
         return 0
     return int(what)
 

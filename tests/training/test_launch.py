@@ -17,10 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from prompt_diffusion.engine.config import TrainResources
+from prompt_diffusion.engine.events import LaunchEvent, StepEvent
 from prompt_diffusion.store.manifest import ManifestRef, open_manifest
 from prompt_diffusion.store.stage import Context, obtain
 from prompt_diffusion.training import launch
-from prompt_diffusion.training.launch import TimeLimitError, TrainingStoppedError
+from prompt_diffusion.training.launch import TimeLimitError, TrainingStoppedError, build_command, run_command
 from prompt_diffusion.training.stage import Train, write_spec
 from tests.training import stub_training
 from tests.training.held_training import build_held_python
@@ -70,13 +71,18 @@ def check_same_training(found, expected):
     np.testing.assert_allclose(table["loss"], expected_table["loss"], rtol=1e-3)
 
 
-def test_torchrun_goes_on_after_the_loss_of_a_process(alone, train_inputs, tiny_config, tmp_path, capfd, monkeypatch):
+def test_torchrun_goes_on_after_the_loss_of_a_process(
+    alone, train_inputs, tiny_config, tmp_path, capfd, monkeypatch, tmp_path_factory
+):
+    temporary = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setenv("WORLD_SIZE", "7")  # left by a batch system: torchrun's own counts
     program, go = build_held_python(tmp_path)
     monkeypatch.setattr(sys, "executable", program)
     killed = []
 
     def kill_at_step_3(event):
-        if event.get("step") == 3 and not killed:
+        if getattr(event, "step", None) == 3 and not killed:
             rank = next(p for p in find_processes("held_training") if p.environ().get("LOCAL_RANK") == "1")
             killed.append(rank.pid)
             rank.kill()
@@ -87,6 +93,7 @@ def test_torchrun_goes_on_after_the_loss_of_a_process(alone, train_inputs, tiny_
     assert killed
     check_same_training(read_history(tiny_config, train_inputs, str(tmp_path)), alone)
     assert "failed to connect" not in capfd.readouterr().err, "an attempt looked for the dead of the one before"
+    assert not list(temporary.glob("torchelastic_*"))
 
 
 def test_ray_train_goes_on_after_the_loss_of_a_worker(alone, train_inputs, tiny_config, tmp_path, monkeypatch):
@@ -96,8 +103,8 @@ def test_ray_train_goes_on_after_the_loss_of_a_worker(alone, train_inputs, tiny_
     killed, steps = [], []
 
     def kill_at_step_3(event):
-        steps.append(event.get("step"))
-        if event.get("step") == 3 and not killed:
+        steps.append(getattr(event, "step", None))
+        if getattr(event, "step", None) == 3 and not killed:
             worker = find_processes("ray::RayTrainWorker")[-1]
             killed.append(worker.pid)
             worker.kill()
@@ -127,7 +134,7 @@ def test_a_time_limit_asks_the_training_to_save_and_leaves_no_process(train_inpu
                 train_inputs,
                 tmp_path,
                 TrainResources(time_limit_seconds=limit),
-                lambda event: steps.append(event.get("step")),
+                lambda event: steps.append(getattr(event, "step", None)),
             )
         assert find_processes("stub_training") == []
         saved = list(tmp_path.rglob("saved-0"))
@@ -146,7 +153,7 @@ def test_an_interrupt_of_the_launching_process_asks_the_training_to_save_and_lea
     def interrupt(event):
         # torchrun starts its processes one by one: the last has begun once it says so
         started.update(path.name for path in tmp_path.rglob("began-*"))
-        if event.get("step", 0) >= 4 and len(started) == num_processes:
+        if getattr(event, "step", 0) >= 4 and len(started) == num_processes:
             raise KeyboardInterrupt
 
     resources = TrainResources(num_processes=num_processes)
@@ -161,7 +168,7 @@ def test_a_training_that_does_not_stop_is_killed(train_inputs, tiny_config, tmp_
     monkeypatch.setattr(launch, "_GRACE_SECONDS", 0.1)
 
     def interrupt(event):
-        if "step" in event:
+        if isinstance(event, StepEvent):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -202,7 +209,7 @@ def test_the_sealed_reference_is_returned_and_what_is_no_event_is_nobody_s(train
     events = []
     ref = train(tiny_config, train_inputs, tmp_path, TrainResources(), events.append)
     assert ref == ManifestRef(**stub_training.SEALED)
-    assert [list(event) for event in events] == [["command"], ["step"]]
+    assert [event.kind for event in events] == ["launch", "step"]
 
 
 @pytest.mark.parametrize(("environment", "code"), [({}, 2), ({"TORCHELASTIC_RUN_ID": "1"}, 0)])
@@ -215,7 +222,7 @@ def test_a_training_tells_a_mistake_as_an_event_and_under_torchrun_ends_well(
     child = WarmProcess(run_module, "prompt_diffusion.training.run", spec, environment=os.environ | environment)
     lines = list(child.read_lines())
     assert child.wait() == code
-    error = json.loads(lines[-1])["error"]
+    error = json.loads(lines[-1])["message"]
     assert error.startswith("noise.prediction_type is 'epsilon', but base")
     assert "\n" not in error
 
@@ -233,14 +240,15 @@ def test_a_ray_cluster_that_does_not_answer_is_named_at_once(train_inputs, tiny_
     child = WarmProcess(run_module, "prompt_diffusion.training.launch_ray", spec)
     lines = list(child.read_lines())
     assert child.wait() == 2
-    assert json.loads(lines[-1])["error"].startswith("no Ray cluster answers at ray_address '127.0.0.1:1'")
+    assert json.loads(lines[-1])["message"].startswith("no Ray cluster answers at ray_address '127.0.0.1:1'")
 
 
 def test_the_logged_command_works_by_hand_and_speaks_to_a_person(train_inputs, tiny_config, tmp_path, monkeypatch):
     said = []
 
     def stop(event):
-        said.append(event["command"])
+        assert isinstance(event, LaunchEvent)
+        said.append(event.command)
         raise RuntimeError("the launching process ends")
 
     with pytest.raises(RuntimeError):
@@ -257,3 +265,15 @@ def test_the_logged_command_works_by_hand_and_speaks_to_a_person(train_inputs, t
     lines = text.decode().splitlines()
     assert any(line.startswith("step 9 of 10, loss ") and "samples/s" in line for line in lines)
     assert lines[-1] == f"sealed: {Train(tiny_config, train_inputs).identity.uri(str(tmp_path))}"
+
+
+def test_a_users_own_modules_of_the_current_folder_are_not_taken_for_pythons(tmp_path, monkeypatch, capfd):
+    """A specification that is not there ends it at once: what was imported before that is what counts."""
+    (tmp_path / "random.py").write_text("raise RuntimeError('the module of the current folder was imported')\n")
+    monkeypatch.chdir(tmp_path)
+    resources = TrainResources(device="cpu")
+    with pytest.raises(TrainingStoppedError):
+        run_command(build_command(str(tmp_path / "none.json"), resources), resources, lambda event: None)
+    said = capfd.readouterr().err
+    assert "none.json" in said
+    assert "module of the current folder" not in said

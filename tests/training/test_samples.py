@@ -32,8 +32,8 @@ from prompt_diffusion.training.encode import (
 from prompt_diffusion.training.inputs import TrainInputs
 from prompt_diffusion.training.loss import InContextObjective
 from prompt_diffusion.training.samples import (
-    Batch,
     BatchMaker,
+    InContextBatch,
     WindowFetcher,
     draw_sample,
     open_training_data,
@@ -95,10 +95,10 @@ def join(batches) -> dict[str, torch.Tensor]:
     """Return the tensors of several micro-batches as if they were one."""
     parts = [
         {
-            **{name: value for name, value in vars(batch).items() if name != "pairs"},
+            **{name: value for name, value in vars(batch).items() if name != "example_pairs"},
             "labels": torch.tensor(batch.labels),
-            "example_source": batch.pairs[0],
-            "example_target": batch.pairs[1],
+            "example_source": batch.example_pairs[0],
+            "example_target": batch.example_pairs[1],
         }
         for batch in batches
     ]
@@ -133,8 +133,8 @@ def test_a_batch_holds_what_its_samples_are_made_of(data, tiny_config, fixed_tex
         names.add(draw.vision_task.name)
         assert tiny_config.vision_tasks[batch.labels[slot]] == draw.vision_task.name
         assert bool(batch.has_example[slot]) is draw.has_example
-        np.testing.assert_array_equal(batch.pairs[0][slot], sample.example_source)
-        np.testing.assert_array_equal(batch.pairs[1][slot], sample.example_target)
+        np.testing.assert_array_equal(batch.example_pairs[0][slot], sample.example_source)
+        np.testing.assert_array_equal(batch.example_pairs[1][slot], sample.example_target)
         np.testing.assert_array_equal(batch.queries[slot], sample.query)
         assert batch.timesteps[slot] == draw_timestep(draw.generator, tiny_config.noise, 1000)
         mean, std = map(torch.from_numpy, draw.data.read_posterior(draw.vision_task.target_condition, draw.row))
@@ -269,7 +269,7 @@ def test_a_damaged_shard_is_an_error_where_a_row_of_it_is_read_and_nowhere_else(
     config = small_config.model_copy(update={"map_to_image_examples": {"same_row": 1.0}})
     data = open_training_data(config, inputs, ShardCache(tmp_path / "cache"), "train")
     maker = BatchMaker(config, data, fixed_texts, 1000)
-    made: list[Batch] = []
+    made: list[InContextBatch] = []
     try:
         for index in range(NUM_SHARDS):
             if draw_sample(config, data, index).row == 5:
@@ -302,3 +302,19 @@ def test_a_text_is_the_embedding_of_its_own_caption(data, train_inputs):
         table = text.read_shard(text.shards[shard])
         position = table["caption"].to_pylist().index(its.rows.captions("edited")[row])
         np.testing.assert_array_equal(its.read_text(row), read_array(table, "embedding")[position])
+
+
+def test_by_group_a_training_draws_each_prompt_group_equally_often_and_by_row_each_row(
+    train_inputs, tiny_config, tmp_path
+):
+    cache = ShardCache(tmp_path)
+    for draw, per_epoch in (("group", 12), ("row", 24)):
+        config = tiny_config.model_copy(update={"draw": draw})
+        data = open_training_data(config, train_inputs, cache, "train")
+        rows = next(iter(data.values())).rows
+        drawn = [draw_sample(config, data, index).row for index in range(4 * per_epoch)]
+        assert len(set(drawn)) > 12
+        for start in range(0, len(drawn), per_epoch):
+            epoch = drawn[start : start + per_epoch]
+            groups = [rows.group_ids[row] for row in epoch]
+            assert len(set(groups if draw == "group" else epoch)) == per_epoch

@@ -10,6 +10,7 @@ import torch
 from prompt_diffusion.data.shard_cache import ShardCache
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.engine.distributed import World
+from prompt_diffusion.engine.events import GridEvent, HardwareEvent, LaunchEvent, StepEvent, ValidationEvent
 from prompt_diffusion.model.base import load_base
 from prompt_diffusion.model.load import load_pipeline
 from prompt_diffusion.store.manifest import open_manifest
@@ -92,7 +93,7 @@ def test_a_dropped_pair_is_mid_grey_whatever_it_was(tiny_config, data):
     draws = [draw_sample(config, data, i) for i in range(40)]
     assert batch.has_example.tolist() == [d.has_example for d in draws]
     assert set(batch.has_example.tolist()) == {True, False}
-    other = dataclasses.replace(batch, pairs=tuple(255 - side for side in batch.pairs))
+    other = dataclasses.replace(batch, example_pairs=tuple(255 - side for side in batch.example_pairs))
     with torch.no_grad():
         changed = objective.compute_losses(batch)[0] != objective.compute_losses(other)[0]
     assert changed.tolist() == batch.has_example.tolist()
@@ -106,11 +107,13 @@ def test_a_sealed_training_is_a_pipeline_with_its_losses(train_inputs, tiny_conf
         Context(str(tmp_path), TrainResources(log_every_steps=1), lambda told: events.append(told.event)),
     )
     manifest = open_manifest(ref.uri)
-    assert [event["step"] for event in events if "loss" in event] == [1, 2, 3]
-    (validated,) = [event for event in events if "validation_loss" in event]
-    assert (validated["step"], validated["is_best"]) == (3, True)
-    (shown,) = [event for event in events if "grid_uri" in event]
-    assert read_bytes(shown["grid_uri"]) == manifest.read_file("grid.png")
+    assert isinstance(events[0], LaunchEvent)
+    assert isinstance(events[1], HardwareEvent)
+    assert [event.step for event in events if isinstance(event, StepEvent)] == [1, 2, 3]
+    (validated,) = [event for event in events if isinstance(event, ValidationEvent)]
+    assert (validated.step, validated.is_best) == (3, True)
+    (grid,) = [event for event in events if isinstance(event, GridEvent)]
+    assert read_bytes(grid.uri) == manifest.read_file("grid.png")
     losses = pq.read_table(tmp_path / "train" / ref.fingerprint / "losses.parquet").to_pylist()
     assert sum(row["num_samples"] for row in losses) == 3 * config.batch_size == manifest.counts["samples"]
     pipeline = load_pipeline(manifest.fetch_folder("pipeline", tmp_path / "cache"))
@@ -140,6 +143,7 @@ def test_two_processes_take_the_same_steps_as_one(train_inputs, tiny_config, tmp
         for rank in (0, 1)
     ]
     assert [rank.wait() for rank in ranks] == [0, 0]
+    assert open_manifest(stage.identity.uri(str(tmp_path / "2"))).counts["processes"] == 2
     refs = [stage.identity.uri(str(tmp_path / store)) for store in "12"]
     tables = (open_manifest(ref).read_file("losses.parquet") for ref in refs)
     one, two = (pq.read_table(io.BytesIO(data)).to_pydict() for data in tables)

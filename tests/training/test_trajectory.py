@@ -14,6 +14,7 @@ from prompt_diffusion.annotators.base import AnnotateResources
 from prompt_diffusion.data.ingest import Ingest
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.engine.distributed import World
+from prompt_diffusion.engine.events import Event, StepEvent
 from prompt_diffusion.presets import RunConfig, demo, smoke
 from prompt_diffusion.store.manifest import open_manifest
 from prompt_diffusion.store.stage import Context, obtain
@@ -47,14 +48,15 @@ def compute_trajectory(store: str) -> list[float]:
     recipe = demo().train.model_copy(update={"batch_size": BATCH_SIZE, "num_steps": STEPS})
     losses: dict[int, float] = {}
 
-    def note(event: dict[str, object]) -> None:
-        if "loss" in event:
-            losses[int(str(event["step"]))] = float(str(event["loss"]))
+    def note(event: Event) -> None:
+        if isinstance(event, StepEvent):
+            losses[event.step] = event.loss
 
     resources = TrainResources(log_every_steps=1, device="cpu", device_batch_size=BATCH_SIZE, validate_every_steps=None)
     ref = run_train(Train(recipe, inputs), store, resources, World(), note)
     assert ref is not None
-    assert open_manifest(ref.uri).counts["skipped_steps"] == 0
+    counts = open_manifest(ref.uri).counts
+    assert (counts["skipped_steps"], counts["processes"]) == (0, 1)
     return [losses[step] for step in range(1, STEPS + 1)]
 
 
