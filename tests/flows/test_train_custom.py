@@ -21,7 +21,7 @@ from prompt_diffusion.training.samples import draw_sample, open_training_data
 from prompt_diffusion.training.stage import Train
 from prompt_diffusion.training.train import run_train
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("in_process")]
+pytestmark = pytest.mark.usefixtures("in_process")
 
 FAST = {"resources.train.device_batch_size": 6, "resources.train.validate_every_steps": None}
 
@@ -46,9 +46,11 @@ def pairs(tmp_path_factory):
     return write_pairs(tmp_path_factory.mktemp("own") / "pairs", 40)
 
 
-def test_a_folder_of_pairs_becomes_a_registered_model_that_goes_on_from_another(pairs, tmp_path, monkeypatch):
+def test_a_folder_of_pairs_becomes_a_registered_model_that_goes_on_from_another(
+    pairs, copy_smoke_inputs, tmp_path, monkeypatch
+):
     monkeypatch.setenv("PROMPT_DIFFUSION_REGISTERED_MODEL", "custom-test")
-    store = str(tmp_path / "store")
+    store = copy_smoke_inputs(tmp_path / "store")
     joint = train_six_task("smoke", FAST | {"train.num_steps": 1}, store)
     start = "models:/custom-test/1"
     ref = train_custom(str(pairs), "sketch", model=start, steps=2, preset="smoke", overrides=FAST, store=store)
