@@ -91,9 +91,9 @@ def embedded_server(home: Path) -> Iterator[None]:
         check_server()
         yield
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    listener = socket.socket()  # handed to the server, so that nobody can take its port in between
+    listener.bind(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
     settings: dict[Any, Any] = {
         PREFECT_HOME: home.resolve(),
         PREFECT_API_URL: f"http://127.0.0.1:{port}/api",
@@ -103,7 +103,7 @@ def embedded_server(home: Path) -> Iterator[None]:
         PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,
     }
     home.mkdir(parents=True, exist_ok=True)
-    with temporary_settings(updates=settings), _exit_on_sigterm(), _serve(port, home / "server.log"):
+    with temporary_settings(updates=settings), _exit_on_sigterm(), _serve(listener, home / "server.log"):
         try:
             yield
         finally:
@@ -133,15 +133,22 @@ def check_server() -> None:
 
 
 @contextmanager
-def _serve(port: int, log: Path) -> Iterator[None]:
+def _serve(listener: socket.socket, log: Path) -> Iterator[None]:
     """Run the server's process for the time of the block."""
     environment = os.environ | get_current_settings().to_environment_variables(exclude_unset=True)
+    port, number = listener.getsockname()[1], listener.fileno()
     # -P: what lies in the current folder, such as a user's own flows.py or random.py, is not imported
-    command = [sys.executable, "-P", "-m", "flows.server", str(port)]
-    with log.open("wb") as sink:
+    command = [sys.executable, "-P", "-m", "flows.server", str(number)]
+    with listener, log.open("wb") as sink:
         # A session of its own: the terminal's Ctrl-C is for the flows.
         server = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=sink, stderr=sink, env=environment, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=sink,
+            stderr=sink,
+            env=environment,
+            start_new_session=True,
+            pass_fds=(number,),
         )
     is_over = threading.Event()
     try:

@@ -122,8 +122,13 @@ def prepare_custom_inputs(run: Run, folder: str, condition: str, mixed: bool) ->
 
 
 def use_pairs(run: Run, folder: str, condition: str) -> Run:
-    """Return the run with a user's pairs in place of the preset's dataset, ingested in the same way."""
-    source = ImageFolderConfig(uri=folder, condition=condition)
+    """Return the run with a user's pairs in place of the preset's dataset, ingested in the same way.
+
+    Where the run's own source is an image folder, what it says of columns and grey values holds for the pairs.
+    """
+    given = run.config.ingest.source
+    fields = given.model_dump() if isinstance(given, ImageFolderConfig) else {}
+    source = ImageFolderConfig.model_validate(fields | {"uri": folder, "condition": condition})
     ingest = run.config.ingest.model_copy(update={"source": source})
     pairs = {"ingest": ingest, "annotate": (AnnotateConfig(condition=condition),)}
     return replace(run, config=run.config.model_copy(update=pairs))

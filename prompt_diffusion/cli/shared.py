@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from functools import wraps
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
 from pydantic import ValidationError
+
+from prompt_diffusion.frozen import say_first_error
 
 USER_ERROR = 2
 STOPPED = 130
@@ -20,8 +22,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 StoreOption = Annotated[str | None, typer.Option("--store", help="Folder or s3:// address; default: the settings'.")]
+if TYPE_CHECKING:
+    from prompt_diffusion.presets import PresetName
+else:
+    PresetName = str  # checked with everything else of a run, which names the others
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-PresetOption = Annotated[str, typer.Option("--preset", help="smoke, demo or paper.")]
+PresetOption = Annotated[PresetName, typer.Option("--preset", help="smoke, demo or paper.")]
 OverridesOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one field, e.g. train.num_steps=100.")
 ]
@@ -84,10 +91,7 @@ def say_errors(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            place = ".".join(str(part) for part in first["loc"]) or error.title
-            message = first["msg"].removeprefix("Value error, ")
-            print(f"prompt-diffusion: {place}: {message}, got {first['input']!r}", file=sys.stderr)
+            print(f"prompt-diffusion: {say_first_error(error, whole=error.title)}", file=sys.stderr)
             raise typer.Exit(USER_ERROR) from None
         except (ValueError, OSError) as error:
             said = (

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from prompt_diffusion.data.records import IMAGE_TYPE, read_array
 from prompt_diffusion.data.transforms import Pixels, decode_image
 from prompt_diffusion.settings import load_settings
+from prompt_diffusion.store.digest import digest_file
 from prompt_diffusion.store.fingerprint import compute_digest
 from prompt_diffusion.store.manifest import Manifest
 
@@ -217,7 +218,7 @@ def _read_layout(place: Path) -> dict[str, _Column]:
         columns = {}
         for name, content in layout.items():
             file, (rows, *shape), dtype = place / content["file"], content["shape"], np.dtype(content["dtype"])
-            if _digest_file(file) != content["sha256"]:
+            if digest_file(file) != content["sha256"]:
                 raise _BrokenEntryError(f"the column {name} is not as it was written")
             row_bytes = dtype.itemsize * int(np.prod(shape))
             columns[name] = _Column(str(file), tuple(shape), dtype, row_bytes, rows)
@@ -247,11 +248,6 @@ def _write_file(path: Path, content: memoryview) -> str:
         file.flush()
         os.fsync(file.fileno())
     return hashlib.sha256(content).hexdigest()
-
-
-def _digest_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -45,9 +45,7 @@ def decode_image(data: bytes, white: int = WHITE_16_BIT) -> Pixels:
             return normalise_image(image, white)
     except _RefusedImageError:
         raise
-    except (
-        Exception
-    ) as error:  # each format's parser stumbles over damage in a way of its own: no list of types is complete
+    except Exception as error:  # each format's parser stumbles in its own way: no list of types is complete
         reason = " ".join(str(error).split()) or type(error).__name__
         # Pillow names the buffer's address, which would differ from run to run.
         reason = "not an image file" if "cannot identify" in reason else reason

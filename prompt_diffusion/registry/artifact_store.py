@@ -81,4 +81,5 @@ def _open(location: str, settings: Settings) -> "ArtifactRepository":
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     uri = settings.tracking_uri
-    return get_artifact_repository(location, tracking_uri=uri, registry_uri=uri)
+    repository: ArtifactRepository = get_artifact_repository(location, tracking_uri=uri, registry_uri=uri)
+    return repository

@@ -113,6 +113,8 @@ class Lease:
         newest = max(self._list_numbers(), default=0)
         if newest == 0:
             self._take(1, settling_seconds=0.0)
+            newest = 0 if self._number else max(self._list_numbers(), default=0)
+        if newest == 0:
             return
         try:
             seen = (newest, read_bytes(self._uri(newest)))

@@ -119,7 +119,9 @@ def _knock_database(uri: str) -> None:
 def find_run(client: "MlflowClient", fingerprint: str) -> "Run | None":
     """Return the run that has the fingerprint, None where there is none, or only one that was deleted."""
     experiments = [experiment.experiment_id for experiment in _list_experiments(client) if _is_active(experiment)]
-    found = experiments and client.search_runs(experiments, f"tags.{FINGERPRINT_TAG} = '{fingerprint}'", max_results=1)
+    if not experiments:
+        return None  # MLflow would search all
+    found: list[Run] = client.search_runs(experiments, f"tags.{FINGERPRINT_TAG} = '{fingerprint}'", max_results=1)
     return found[0] if found else None
 
 

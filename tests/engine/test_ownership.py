@@ -14,6 +14,7 @@ from prompt_diffusion.engine.distributed import World, join_world
 from prompt_diffusion.engine.loop import Stopped
 from prompt_diffusion.engine.ownership import own_stage
 from prompt_diffusion.store.lease import LeaseLostError
+from tests.sharing import PATIENCE_SECONDS
 
 
 def test_the_second_waits_until_the_first_is_out_and_says_for_whom(
@@ -35,7 +36,7 @@ def test_the_second_waits_until_the_first_is_out_and_says_for_whom(
             second.join(0.01)
         check_owner()
         inside.append("first")
-    assert second_is_in.wait(60)
+    assert second_is_in.wait(PATIENCE_SECONDS)
     second.join()
     assert inside == ["first", "second"]
     assert "waiting for it" in caplog.text

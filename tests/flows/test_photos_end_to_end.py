@@ -27,7 +27,6 @@ def exported(request, s3_store):
     return {"kind": "instruct_pix2pix", "uri": uri}, len(pairs)
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("in_process")
 def test_photographs_are_ingested_annotated_and_trained_on_from_s3_to_s3(exported, s3_store):
     source, num_pairs = exported

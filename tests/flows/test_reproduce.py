@@ -1,5 +1,6 @@
 """The whole method on the smoke preset: once made, nothing of it is made again."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,13 @@ from prompt_diffusion.store.manifest import ManifestRef
 # Two of the six vision tasks, so two baselines and four cells instead of six and twelve.
 TWO_TASKS = {"train.vision_tasks": ["depth_to_image", "image_to_depth"]}
 
-pytestmark = [pytest.mark.timeout(1200), pytest.mark.usefixtures("in_process")]
+pytestmark = pytest.mark.usefixtures("in_process")
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return the store that the tests of this module share, in their order."""
-    return str(tmp_path_factory.mktemp("reproduce") / "store")
+def store(tmp_path_factory: pytest.TempPathFactory, copy_smoke_inputs: Callable[[Path], str]) -> str:
+    """Return the store that the tests of this module share, in their order; what is trained on is sealed already."""
+    return copy_smoke_inputs(tmp_path_factory.mktemp("reproduce") / "store")
 
 
 @pytest.fixture

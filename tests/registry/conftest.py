@@ -72,9 +72,9 @@ def own(empty_database, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def settings(tmp_path_factory):
+def settings(tmp_path_factory, make_mlflow_database):
     folder = tmp_path_factory.mktemp("mlflow")
-    return Settings(tracking_uri=f"sqlite:///{folder}/mlflow.db", cache_dir=folder / "cache")
+    return Settings(tracking_uri=make_mlflow_database(folder), cache_dir=folder / "cache")
 
 
 @pytest.fixture(scope="session")

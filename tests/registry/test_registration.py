@@ -227,7 +227,7 @@ register_folder(Path(sys.argv[1]), settings, name="killed", facts=ModelFacts(tit
 
 def test_a_registration_that_is_killed_leaves_no_version_and_the_next_one_cleans_up(settings, pipeline_folder):
     arguments = [str(pipeline_folder), settings.tracking_uri, str(settings.cache_dir)]
-    killed = subprocess.run([sys.executable, "-c", _KILLED, *arguments], check=False, capture_output=True, timeout=120)
+    killed = subprocess.run([sys.executable, "-c", _KILLED, *arguments], check=False, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert list_versions(settings, "killed") == []
     with pytest.raises(ValueError, match="killed has no alias"):

@@ -5,10 +5,7 @@ import io
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 
@@ -19,8 +16,7 @@ from PIL import Image
 
 from prompt_diffusion.data.transforms import decode_image, encode_png
 from prompt_diffusion.registry import ModelFacts, load, register_folder
-
-_START_TIMEOUT_SECONDS = 240  # ten on an idle machine
+from tests.sharing import PATIENCE_SECONDS, find_free_ports, is_answering, kill_server, start_server
 
 
 def to_base64(data):
@@ -71,19 +67,20 @@ def predict(pyfunc, rows, **params):
 
 
 def test_a_server_answers_a_post_with_the_pipelines_own_image(settings, served, row, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
-    command += ["-m", "models:/served@challenger", "--host", "127.0.0.1", "--port", str(port)]
+    port = 0
+
+    def build_command():
+        nonlocal port
+        (port,) = find_free_ports()
+        command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
+        return [*command, "-m", "models:/served@challenger", "--host", "127.0.0.1", "--port", str(port)]
+
     # MLflow starts uvicorn by its name
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     environment = os.environ | {"MLFLOW_TRACKING_URI": settings.tracking_uri, "PATH": path, "OMP_NUM_THREADS": "1"}
     log = tmp_path / "serve.log"
-    with log.open("wb") as sink:
-        server = subprocess.Popen(command, stdout=sink, stderr=sink, env=environment, start_new_session=True)
+    server = start_server(build_command, environment, log, lambda: is_answering(f"http://127.0.0.1:{port}/ping"))
     try:
-        wait_until_ready(server, f"http://127.0.0.1:{port}/ping", log)
         params = {"num_inference_steps": 2, "guidance_scale": 3.0, "seed": 7}
         status, answer = post(port, {"dataframe_records": [{**row, "prompt": "a red cube"}], "params": params})
         assert status == 200, answer
@@ -94,19 +91,7 @@ def test_a_server_answers_a_post_with_the_pipelines_own_image(settings, served, 
         assert answer["message"].endswith("Error: query of row 0: the image cannot be decoded: not an image file")
         assert "Traceback" not in json.dumps(answer)
     finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-
-
-def wait_until_ready(server, url, log):
-    give_up = time.monotonic() + _START_TIMEOUT_SECONDS
-    while server.poll() is None and time.monotonic() < give_up:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
-            time.sleep(0.2)
-    raise RuntimeError(f"mlflow models serve did not start: {log.read_text()[-3000:]}")
+        kill_server(server)
 
 
 def post(port, content):
@@ -114,7 +99,7 @@ def post(port, content):
         f"http://127.0.0.1:{port}/invocations", json.dumps(content).encode(), {"Content-Type": "application/json"}
     )
     try:
-        with urllib.request.urlopen(request, timeout=120) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE_SECONDS) as answer:
             return answer.status, json.loads(answer.read())
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read())

@@ -14,6 +14,9 @@ from prompt_diffusion.data.transforms import decode_image, resize_image
 from prompt_diffusion.generation import read_record
 from prompt_diffusion.settings import Settings
 from prompt_diffusion.store.fingerprint import compute_digest
+from tests.sharing import PATIENCE_SECONDS
+
+pytestmark = pytest.mark.timeout(1200)
 
 
 def drop(page, field, path):
@@ -164,4 +167,4 @@ def test_what_is_too_large_or_no_image_is_refused_in_a_sentence(page, studio, tm
 
 @pytest.mark.parametrize("path", ["/etc/hostname", __file__])
 def test_no_file_but_the_visitor_s_is_served(studio, path):
-    assert httpx.get(f"{studio.address}/gradio_api/file={path}").status_code == 403
+    assert httpx.get(f"{studio.address}/gradio_api/file={path}", timeout=PATIENCE_SECONDS).status_code == 403

@@ -239,6 +239,7 @@ def test_every_answer_forbids_the_browser_to_ask_elsewhere(visit):
         assert answer.headers["x-content-type-options"] == "nosniff"
 
 
+@pytest.mark.timeout(600)
 def test_the_running_page_is_behind_the_door(studio):
     port = int(studio.address.rpartition(":")[2])
     assert httpx.get(studio.address).status_code == 200

@@ -13,7 +13,9 @@ pytest.importorskip("gradio", reason="no studio: the package gradio is not insta
 import gradio as gr
 
 from prompt_diffusion.studio.limits import build_upload, is_upload
+from tests.sharing import PATIENCE_SECONDS
 
+pytestmark = pytest.mark.timeout(1200)
 MARKER = b"secret-of-the-store"
 API = "/gradio_api"
 
@@ -51,7 +53,7 @@ def run_event(studio, event, data, session):
     """Send an event both ways; return all that the page answers."""
     body = {"data": data, "fn_index": event, "session_hash": session, "event_data": None}
     said = []
-    with httpx.Client(base_url=studio.address, timeout=120) as client:
+    with httpx.Client(base_url=studio.address, timeout=PATIENCE_SECONDS) as client:
         said.append(client.post(f"{API}/run/predict", json=body))
         joined = client.post(f"{API}/queue/join", json=body)
         said.append(joined)
@@ -68,7 +70,7 @@ def test_no_event_takes_a_file_that_was_not_uploaded(studio, config, secret):
     events = name_events(config)
     assert len(events) > 10
     values, answers, tried = itertools.cycle(hostile_values(secret)), set(), 0
-    with httpx.Client(base_url=studio.address, timeout=120) as client:
+    with httpx.Client(base_url=studio.address, timeout=PATIENCE_SECONDS) as client:
         for event, inputs in events.items():
             for place in range(max(1, len(inputs))):
                 data = [None] * len(inputs)
@@ -136,7 +138,7 @@ def test_a_strange_index_in_an_event_is_one_sentence(studio, config):
                 "session_hash": f"index-{event['id']}",
                 "event_data": {"index": index, "value": None},
             }
-            with httpx.Client(base_url=studio.address, timeout=60) as client:
+            with httpx.Client(base_url=studio.address, timeout=PATIENCE_SECONDS) as client:
                 client.post(f"{API}/queue/join", json=body).raise_for_status()
                 with client.stream("GET", f"{API}/queue/data?session_hash={body['session_hash']}") as stream:
                     done = next(line for line in stream.iter_lines() if "process_completed" in line)

@@ -60,9 +60,9 @@ def compute_trajectory(store: str) -> list[float]:
     return [losses[step] for step in range(1, STEPS + 1)]
 
 
-def test_the_demo_takes_the_committed_path(tmp_path):
+def test_the_demo_takes_the_committed_path(copy_smoke_inputs, tmp_path):
     expected = json.loads(TRAJECTORY.read_text())
-    assert compute_trajectory(str(tmp_path)) == pytest.approx(expected, rel=RELATIVE_TOLERANCE)
+    assert compute_trajectory(copy_smoke_inputs(tmp_path / "store")) == pytest.approx(expected, rel=RELATIVE_TOLERANCE)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ A table beside the images lists them, named as Hugging Face's image folders name
 into prompt groups, a column `split` say where they belong. One image stands on both sides of its record.
 """
 
-import io
 import logging
 import posixpath
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,6 @@ from functools import cached_property
 from typing import Any, Literal
 
 import pyarrow as pa
-from PIL import Image
 from pydantic import Field
 
 from prompt_diffusion.data.records import ImagePair, Split
@@ -33,6 +31,7 @@ from prompt_diffusion.data.sources.base import (
 from prompt_diffusion.data.sources.digest import digest_files
 from prompt_diffusion.data.sources.tables import TABLE_READERS, Table, TableRow, quote_names
 from prompt_diffusion.data.transforms import WHITE_16_BIT, Pixels, decode_image
+from prompt_diffusion.image_files import open_image
 from prompt_diffusion.store.manifest import Reject
 from prompt_diffusion.store.storage import exists, find_facts, join_uri, list_files, local_path, read_bytes
 
@@ -139,9 +138,9 @@ class ImageFolderSource:
     @cached_property
     def _table(self) -> Table:
         """Return the table; ValueError where it cannot be understood, lacks a column or has no rows."""
-        uri, config = join_uri(self.config.uri, self.table), self.config
+        uri, config, data = join_uri(self.config.uri, self.table), self.config, self._data
         try:
-            table = TABLE_READERS[self.table](self._data, config.columns)
+            table = TABLE_READERS[self.table](data, config.columns)
         except (ValueError, pa.ArrowException, OSError) as error:
             raise ValueError(f"{uri} cannot be read: {' '.join(str(error).split())}") from error
         if not table.columns:
@@ -153,8 +152,8 @@ class ImageFolderSource:
         if missing:
             fields = {getattr(config, field): field for field in type(config).model_fields if field.endswith("_column")}
             raise ValueError(
-                f"{uri} has no columns {quote_names(missing)}; it has {quote_names(table.columns)}: rename them, or say "
-                f"which they are with {', '.join(f'ingest.source.{fields[name]}' for name in missing)}"
+                f"{uri} has no columns {quote_names(missing)}; it has {quote_names(sorted(table.columns))}: rename them, or "
+                f"say which they are with {', '.join(f'ingest.source.{fields[name]}' for name in missing)}"
             )
         return table
 
@@ -215,7 +214,7 @@ class ImageFolderSource:
         """Say once that a 16-bit image is almost black: its values are likely to be millimetres."""
         if self._has_warned or pixels.max(initial=0) >= _ALMOST_BLACK:
             return
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             if not image.mode.startswith("I"):
                 return
         self._has_warned = True
@@ -232,9 +231,10 @@ def _explain_tables(uri: str, tables: list[str]) -> str:
     path = local_path(uri)
     if path is not None and path.is_file():
         return f"{uri} is a file: name the folder that it lies in"
+    needed = f"{uri} needs one table out of {', '.join(TABLE_READERS)}"
     if not tables and not exists(uri):
-        return f"there is no folder {uri}"
-    needed = f"{uri} needs one table out of {', '.join(TABLE_READERS)}; it has {', '.join(tables) or 'none'}"
+        return f"{needed}: there is no folder {uri}"
+    needed += f"; it has {', '.join(tables) or 'none'}"
     others = [name for name in list_files(uri) if name.endswith((".csv", ".jsonl", ".parquet", ".json", ".tsv"))]
     return needed if tables or not others else f"{needed}, but there is {', '.join(map(repr, others[:3]))}"
 
