@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import httpx
 from prefect.client.orchestration import get_client
@@ -30,6 +30,7 @@ from prefect.settings import (
     get_current_settings,
     temporary_settings,
 )
+from prefect.settings.legacy import Setting
 
 from flows.reproduce import reproduce_run
 from flows.run import Overrides, as_subflow, start_run
@@ -94,7 +95,7 @@ def embedded_server(home: Path) -> Iterator[None]:
     listener = socket.socket()  # handed to the server, so that nobody can take its port in between
     listener.bind(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    settings: dict[Any, Any] = {
+    settings: dict[Setting, object] = {
         PREFECT_HOME: home.resolve(),
         PREFECT_API_URL: f"http://127.0.0.1:{port}/api",
         PREFECT_SERVER_ANALYTICS_ENABLED: False,
@@ -118,7 +119,7 @@ def check_server() -> None:
     Prefect's client itself would try for minutes, and end in a traceback.
     """
     where = f"the Prefect server at {hide_password(PREFECT_API_URL.value() or '')} (PREFECT_API_URL)"
-    patience: dict[Any, Any] = {PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: _KNOCK_SECONDS}
+    patience: dict[Setting, object] = {PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: _KNOCK_SECONDS}
     try:
         with temporary_settings(updates=patience), get_client(sync_client=True) as client:
             client.read_flows(limit=1)
