@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -260,7 +260,8 @@ def _choose_location(client: "MlflowClient", run_id: str, name: str) -> str:
     """Return where among a run's artifacts the model goes: nowhere that another version, or a copy of one, lives."""
     taken = {find_location(client, version) for version in client.search_model_versions(f"run_id = '{run_id}'")}
     place = f"{client.get_run(run_id).info.artifact_uri}/{name_artifact(name)}"
-    return next(each for each in (place, *(f"{place}-{number}" for number in count(2))) if each not in taken)
+    candidates = chain([place], (f"{place}-{number}" for number in count(2)))
+    return next(each for each in candidates if each not in taken)
 
 
 def _create_version(
