@@ -34,7 +34,7 @@ def check_tokenizer(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, where
 
 
 def check_sizes(folder: Path) -> None:
-    """Raise ValueError for a model's text file that is larger than any real one: reading it would take minutes and gigabytes."""
+    """Raise ValueError for a model's text file that is larger than any real one: reading one takes minutes and gigabytes."""
     for path in sorted(folder.glob("*")):
         if path.suffix in (".json", ".txt") and path.stat().st_size > MAX_TEXT_BYTES:
             raise ValueError(
