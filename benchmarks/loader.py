@@ -153,7 +153,7 @@ class Ours:
         return next(iter(self.data.values()))
 
     def take(self, count: int) -> None:
-        """Make the next so many samples."""
+        """Make that many more samples."""
         for start in range(self.position, self.position + count, BATCH_SIZE):
             self.maker.make(range(start, min(start + BATCH_SIZE, self.position + count)))
         self.position += count

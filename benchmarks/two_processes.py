@@ -1,8 +1,9 @@
 """Claim: two processes that share a step's batch train at least 1.7 times as fast as one, of the compute that is there.
 
 The real loop trains a UNet of SD v1.5's layout at a tenth of its width (denoising, AdamW, random latents) through torchrun, one
-CPU thread per process, gloo between them; the batch is the same for one and for two. In turn with them two independent ones train
-at once: what they reach together is all that the machine's two cores can give. The last line is one JSON object.
+CPU thread per process, gloo between them; the batch is the same for one and for two. In turn with them two independent
+ones train at once: what they reach together is all that the machine's two cores can give. The last line is one
+JSON object.
 """
 
 import argparse

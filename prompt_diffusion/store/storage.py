@@ -178,7 +178,7 @@ def write_from(uri: str, source: Path) -> None:
 
 
 def create_bytes(uri: str, data: bytes) -> bool:
-    """Write a file only if nothing lies there, atomically; True if this call, of all that race, created it.
+    """Write a file only if nothing is there, atomically; True if this call, of all that race, created it.
 
     That holds even where the answer of the creating request is lost and its retry finds the file in place.
     """

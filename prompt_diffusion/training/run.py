@@ -77,7 +77,7 @@ def emit(event: Event, stream: TextIO | None = None) -> None:
 
 
 def end_with_launcher(torchrun_pid: int | None = None) -> None:
-    """Stop as after SIGTERM once the launching process or torchrun is gone, however it died: nobody would read the output then.
+    """Stop as after SIGTERM once the launching process or torchrun is gone, however it died: nobody would read the output.
 
     A process that does not stop then, because it waits for others that are gone, is killed.
     """

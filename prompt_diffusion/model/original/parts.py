@@ -74,7 +74,7 @@ def build_networks(
 def fill_network(
     network: nn.Module, tensors: Mapping[str, Tensor], names: Mapping[str, str] | None = None, source: object = "it"
 ) -> None:
-    """Give a network its tensors, without a copy; ``names`` are the source's by the network's, to be named in errors.
+    """Fill a network with its tensors, without a copy; ``names`` are the source's by the network's, to be named in errors.
 
     ValueError names tensors that are missing, unused, or of another shape.
     """
