@@ -22,7 +22,7 @@ _POLICY_TITLES: Final[Mapping[ExamplePolicy, str]] = {
 def list_facts(
     table: BenchmarkTable, sources: Sequence[CellSources], samples_seen: Mapping[Method, Sequence[int]]
 ) -> list[tuple[str, str]]:
-    """Return the header's facts: what was measured on what; `samples_seen` of each vision task, by method."""
+    """Return the header's facts: what was measured on what; ``samples_seen`` of each vision task, by method."""
     config = sources[0].generations.identity.config
     data = table.provenance["data"]
     policies = {source.generations.identity.config["example_policy"] for source in sources} - {None}

@@ -40,7 +40,7 @@ class PictureRow:
 
 @dataclass(frozen=True, slots=True)
 class PictureGrid:
-    """Pictures of one vision task: a column a query."""
+    """Pictures of one vision task: one column per query."""
 
     title: str
     headings: list[str]
