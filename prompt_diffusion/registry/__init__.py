@@ -1,4 +1,4 @@
-"""MLflow's registered models, and loading them back; what a training tells MLflow meanwhile is in ``tracking``.
+"""MLflow's registered models, and loading them back; what a training logs to MLflow is in ``tracking``.
 
 Nothing that an artifact holds is ever executed: a model is safetensors and JSON, checked against digests, read by our own
 loader.

@@ -1,4 +1,4 @@
-"""From a reference to a local folder whose files are what was registered, and to a pipeline."""
+"""From a reference to a local folder whose files are as registered, and to a pipeline."""
 
 import shutil
 import tempfile
@@ -41,7 +41,7 @@ def load(
             what was registered.
     """
     folder = fetch(str(reference), settings or load_settings())
-    import torch  # nobody waits for it to hear of a mistyped reference
+    import torch  # imported late, so that a mistyped reference is reported at once
 
     from prompt_diffusion.model.load import load_pipeline
 
@@ -71,7 +71,7 @@ def fetch(reference: str, settings: Settings) -> Path:
 
 def find_pipeline(version: "ModelVersion", location: str) -> str:
     """Return the URI of the folder, in a version's artifact, that holds the pipeline and its digests."""
-    # what was registered before there was a served model around the pipeline is the pipeline's folder itself
+    # models registered before serving existed are the pipeline's folder itself
     return f"{location}/{PIPELINE_FOLDER}" if TITLE_TAG in version.tags else location
 
 

@@ -1,4 +1,4 @@
-"""The models that the page offers, and the one that is loaded: another takes its place."""
+"""The models that the page offers, and the one that is loaded: a new one replaces it."""
 
 import gc
 import threading
@@ -44,7 +44,7 @@ class ModelShelf:
 
     @contextmanager
     def borrow(self, reference: str) -> Iterator[OpenModel]:
-        """Give the model for the time of the block, loading it where another one is loaded.
+        """Yield the model for the duration of the block, loading it if another one is loaded.
 
         ValueError, in one sentence, where it cannot be had.
         """
@@ -59,7 +59,7 @@ class ModelShelf:
             yield self._loaded
 
     def _drop(self) -> None:
-        """Give the memory of the loaded model back before another one is loaded."""
+        """Free the memory of the loaded model before another one is loaded."""
         if self._loaded is None:
             return
         import torch
