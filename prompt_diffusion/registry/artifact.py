@@ -1,7 +1,7 @@
 """What is uploaded as a model: one folder that our own loader, MLflow's scoring server and a hub can all use.
 
-``pipeline/`` holds the diffusers folder, the list of its digests and the model card; beside it lie ``facts.json`` and what
-MLflow needs to serve it: ``MLmodel``, three lines of code, and the requirements. The weights are there once.
+``pipeline/`` holds the diffusers folder, the list of its digests and the model card; beside it are ``facts.json`` and what
+MLflow needs to serve it: ``MLmodel``, three lines of code, and the requirements. The weights are stored once.
 """
 
 import json

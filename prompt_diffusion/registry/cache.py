@@ -1,8 +1,8 @@
 """Local copies of registered models: ``{cache_dir}/models/{digest}``, complete and correct each time they are used.
 
-The digest is that of the list of all files' digests, which lies beside the folder as ``{digest}.json``. A copy is never taken
-on trust: every file's SHA-256 is computed each time, and one that is missing or wrong is fetched again. So a process that is
-killed while it fetches leaves nothing that counts, and a later one goes on from the files that it finished.
+The digest is that of the list of all files' digests, which is beside the folder as ``{digest}.json``. A copy is never
+trusted: every file's SHA-256 is computed each time, and a missing or wrong file is fetched again. So a process that is
+killed during a fetch leaves nothing that counts as a copy, and a later one resumes from the files that it finished.
 """
 
 import json
@@ -119,7 +119,7 @@ def digest_listing(digests: dict[str, str]) -> tuple[bytes, str]:
 def check_folder(folder: Path, digest: str | None) -> None:
     """Raise ValueError, by name, for a file of a registered pipeline that is not what its list of digests says.
 
-    ``digest`` is the list's own; None where it is not known: then only the files are checked against the list.
+    ``digest`` is the list's own; if it is None (not known), only the files are checked against the list.
     """
     listing = (folder / DIGESTS_FILE).read_bytes()
     if digest is not None and compute_digest(listing) != digest:

@@ -30,11 +30,11 @@ def load(
     """Load a pipeline.
 
     Args:
-        reference: ``models:/name@alias``, ``models:/name/3``, ``models:/name`` (its champion, or its challenger as long as
-            there is no champion), a folder in diffusers' layout, or a hub's repository (``name`` or ``name@revision``).
+        reference: ``models:/name@alias``, ``models:/name/3``, ``models:/name`` (its champion, or its challenger if
+            there is no champion), a folder in diffusers' layout, or a hub repository (``name`` or ``name@revision``).
         settings: Where the registry and the cache are; None reads the environment.
-        device: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` takes a GPU where there is one.
-        dtype: What to compute in, a type of torch or its name; None is float32.
+        device: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` uses a GPU if there is one.
+        dtype: The precision to compute in, a torch dtype or its name; None means float32.
 
     Raises:
         ValueError: In one sentence, a reference that leads nowhere, a registry that does not answer, or files that are not

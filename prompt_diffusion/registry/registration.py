@@ -55,11 +55,11 @@ def register_model(
 ) -> RegisteredModel:
     """Make a sealed training a model version and give it the alias; the same model is registered once.
 
-    Where the alias is None, no alias moves. A version that is there has its artifact read through, and what is missing or
-    altered of it is uploaded again. The version carries the training's configuration and fingerprint, the fingerprints of its
-    inputs, licences, a model card, and digests of every file. What trainings could not tell MLflow, because it was away or
-    they were killed, is delivered first. ConnectionError, within seconds, where the registry does not answer; ValueError, in
-    one sentence, for what it refuses.
+    If the alias is None, no alias moves. If the version exists, its artifact is checked, and what is missing or altered
+    is uploaded again. The version carries the training's configuration and fingerprint, the fingerprints of its
+    inputs, licences, a model card, and digests of every file. What trainings could not send to MLflow, because it was
+    unavailable or they were killed, is delivered first. ConnectionError, within seconds, if the registry does not answer;
+    a one-sentence ValueError for what it refuses.
     """
     knock(settings)
     deliver_outboxes(settings)
@@ -81,9 +81,9 @@ def register_folder(
 ) -> RegisteredModel:
     """Make a diffusers folder that was not trained here a model version and give it the alias.
 
-    ``name`` is the registered model, None the settings'. A folder with the same files is one version, whatever its facts; an
-    artifact that was damaged is made whole. ValueError for a folder that holds no Prompt Diffusion pipeline; ConnectionError,
-    within seconds, where the registry does not answer.
+    ``name`` is the registered model, None the settings'. A folder with the same files is one version, whatever its facts; a
+    damaged artifact is repaired. ValueError for a folder that holds no Prompt Diffusion pipeline; ConnectionError, within
+    seconds, if the registry does not answer.
     """
     paths = _list_files(folder)
     if name is not None:
@@ -105,8 +105,8 @@ def register_folder(
 def record_evaluation(model: ManifestRef, settings: Settings, metrics: Mapping[str, float]) -> list[RegisteredModel]:
     """Add measurements of a sealed training to all its versions, whatever their names; makes no version, moves no alias.
 
-    Empty where nobody registered the training, or its versions were deleted: the numbers stay in the table. Errors as
-    `register_model` raises them.
+    Empty if the training was never registered, or its versions were deleted: the numbers stay in the table. Errors as in
+    `register_model`.
     """
     knock(settings)
     with _open_registry(settings) as client:
@@ -140,7 +140,7 @@ def describe_registration(model: RegisteredModel) -> str:
 def _open_registry(settings: Settings) -> Iterator["MlflowClient"]:
     """Give a client; of this machine's processes and threads, one registers at a time: the same model makes one version.
 
-    What MLflow raises becomes one sentence: a ConnectionError, which another try may end, or a ValueError, which none does.
+    What MLflow raises becomes one sentence: a ConnectionError, if a retry may help, otherwise a ValueError.
     """
     with hold(settings.cache_dir / MODELS / "register.lock"):
         client = connect(settings)
@@ -174,7 +174,7 @@ def _list_training(manifest: Manifest) -> dict[str, str]:
 def _stage_training(manifest: Manifest, root: Path) -> None:
     """Put a training's pipeline below ``root``, checked.
 
-    From a store on this machine the files get a second name, no copy; from another they are fetched.
+    From a store on this machine the files are hard-linked, not copied; from another they are fetched.
     """
     store = local_path(manifest.ref.uri)
     if store is None:
@@ -229,7 +229,7 @@ def _obtain_version(
 ) -> "ModelVersion":
     """Return the version with the fingerprint and exactly these files, its artifact complete; make one if there is none.
 
-    ``stage`` lays the pipeline out below a folder, and says what is known of it.
+    ``stage`` puts the pipeline below a folder, and returns what is known about it.
     """
     listing, digest = digest_listing(digests)
     name = settings.registered_model

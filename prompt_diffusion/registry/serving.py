@@ -1,6 +1,6 @@
 """A registered model behind MLflow's scoring server: base64 images in, base64 images out.
 
-Loaded by ``mlflow.pyfunc`` alone (see ``model_code.py``). The weights are safetensors beside it; the code is this package's.
+Loaded only by ``mlflow.pyfunc`` (see ``model_code.py``). The weights are safetensors beside it; the code is this package's.
 """
 
 import base64
@@ -142,8 +142,8 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 def refuse_unknown_names() -> None:
     """Make MLflow answer with status 400, for our models, where it would only log that it drops a column or parameter.
 
-    MLflow drops them before it calls the model, and offers no setting; so its check is called through ours. Other models that
-    are loaded in this process are none of our business: ours are known by the names of their parameters.
+    MLflow drops them before it calls the model, and has no setting for this, so our check wraps its own. Other models in
+    this process are left alone: ours are recognised by the names of their parameters.
     """
     check = mlflow.pyfunc._validate_prediction_input
     if getattr(check, "refuses_unknown_names", False):
@@ -206,7 +206,7 @@ class _Patience:
 def _tell_end(ending: threading.Event) -> None:
     """Make a SIGTERM set the event before it reaches the server, which then waits for its running requests.
 
-    A process that has no handler of its own ends at once without ours.
+    Without this, a process that has no handler of its own ends at once.
     """
     if threading.current_thread() is not threading.main_thread():
         return

@@ -98,8 +98,8 @@ def say_registry(settings: Settings) -> Iterator["MlflowClient"]:
 def find_version(client: "MlflowClient", reference: str) -> "ModelVersion":
     """Return the version that ``models:/NAME@ALIAS``, ``models:/NAME/VERSION`` or ``models:/NAME`` names.
 
-    A name alone stands for its champion, and for its challenger as long as there is no champion. ValueError, in one sentence,
-    where nothing is there, and what is there instead.
+    A name alone means its champion, or its challenger if there is no champion. A one-sentence ValueError if the version
+    does not exist, saying what does.
     """
     from mlflow.exceptions import MlflowException
 

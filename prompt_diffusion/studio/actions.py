@@ -49,7 +49,7 @@ class Actions:
     ) -> tuple[Result, str | None, History]:
         """Run one request and return its result, the file of the map in between (of an edit), and the longer history.
 
-        ValueError, in one sentence, for what is missing, refused or too large.
+        A one-sentence ValueError for what is missing, refused or too large.
         """
         request = build_request(_settle(fields))
         _check_size(request)
@@ -94,7 +94,7 @@ class Actions:
     def make_map(self, photograph: str | None, annotator: str) -> str:
         """Return the file of a photograph's map."""
         if photograph is None:
-            raise ValueError("there is no photograph to make a map of: drop one first")
+            raise ValueError("there is no photograph to make a map from: drop one first")
         data = _read("photograph", photograph)
         png = self.maps.make_map(data, annotator)
         note = self.maps.say_limit(data, annotator)
@@ -136,7 +136,7 @@ def _check_inputs(inputs: dict[str, str | None]) -> dict[str, str]:
     """Return the given files; ValueError if the query, or one side of the pair, is missing."""
     present = {name: path for name, path in inputs.items() if path is not None}
     if "query" not in present:
-        raise ValueError("there is no query: drop the image that the model shall work on")
+        raise ValueError("there is no query: drop the image that the model should work on")
     if len(present) == 2:
         missing = "target" if "example_1_source" in present else "source"
         raise ValueError(f"the example pair lacks its {missing}: give both images, or neither")

@@ -1,8 +1,8 @@
 """A guard in front of the page: every request is checked before gradio sees it, whatever gradio itself would allow.
 
-Another web page that the visitor has open must get nothing here: neither under a name of its own that points to this machine
-(DNS rebinding; the Host must be ours), nor by sending requests across (the Origin must be ours). A request names no file but
-an uploaded one. Bodies and the folder of uploads are bounded. Routes that the page does not use are closed.
+Another web page that the visitor has open must get nothing here: neither under its own name that points to this machine (DNS
+rebinding; the Host must be ours), nor by cross-origin requests (the Origin must be ours). A request may name only
+uploaded files. Bodies and the folder of uploads are bounded. Routes that the page does not use are closed.
 """
 
 import base64

@@ -28,7 +28,7 @@ MAX_HISTORY = 24
 def read_upload(path: str) -> bytes:
     """Return an image file's bytes, its size and its header checked before anything is decoded.
 
-    ValueError, in one sentence, for what is too large or no image.
+    A one-sentence ValueError for a file that is too large or not an image.
     """
     file = Path(path)
     num_bytes = file.stat().st_size
@@ -53,7 +53,7 @@ def read_upload(path: str) -> bytes:
 def build_upload(label: str, elem_id: str, height: int = 210) -> gr.Image:
     """Draw a place to drop an image, or to paste one.
 
-    It hands the actions the path of the very file that was uploaded: nothing opens it before they do.
+    It passes the actions the path of the uploaded file itself: nothing opens it before they do.
     """
     return _UploadedImage(
         label=label,

@@ -46,11 +46,11 @@ class ModelShelf:
     def borrow(self, reference: str) -> Iterator[OpenModel]:
         """Yield the model for the duration of the block, loading it if another one is loaded.
 
-        ValueError, in one sentence, where it cannot be had.
+        A one-sentence ValueError if it cannot be loaded.
         """
         is_registered = reference.startswith("models:/")
         if not (is_registered or self._takes_folders or reference == self._first):
-            raise ValueError("this page takes registered models alone: choose one of the list")
+            raise ValueError("this page accepts only registered models: choose one from the list")
         with self._lock:
             identity = identify_model(reference, self._settings)
             if self._loaded is None or self._key != identity.place:

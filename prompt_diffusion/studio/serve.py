@@ -24,7 +24,7 @@ MIN_PASSWORD = 12
 def choose_password(settings: Settings, host: str) -> tuple[str | None, bool]:
     """Return the password of a page that listens there, and whether it was just generated.
 
-    None where the page is this machine's own and none is set; ValueError for one that is too short.
+    None if only this machine can reach the page and no password is set; ValueError for one that is too short.
     """
     if settings.studio_password is not None:
         password = settings.studio_password.get_secret_value()
@@ -47,7 +47,7 @@ def serve(
 ) -> None:
     """Serve the page until it is interrupted; `on_ready` gets its address.
 
-    ValueError where the port cannot be used, or the registry has no such model. A SIGTERM ends it as an interrupt does.
+    ValueError if the port cannot be used, or the registry has no such model. A SIGTERM ends it like an interrupt.
     """
     if password is None and host not in LOCAL_HOSTS:
         raise ValueError(f"a page that listens on {host} needs a password")
