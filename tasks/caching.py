@@ -1,7 +1,7 @@
 """The one cache policy of every stage's task.
 
 Prefect's key is the stage's fingerprint once its output is sealed in the store, else None. The store is the authority
-and Prefect's cache a shortcut to it: losing the cache costs a look into the store, and deleting a manifest makes the
+and Prefect's cache a shortcut to it: losing the cache costs a look-up in the store, and deleting a manifest makes the
 stage run again whatever Prefect remembers.
 """
 
@@ -29,7 +29,7 @@ class SealedPolicy(CachePolicy):
         flow_parameters: dict[str, Any],
         **kwargs: object,
     ) -> str | None:
-        """Return the key once the stage is sealed; what is raised here, Prefect logs, and then the task meets it."""
+        """Return the key once the stage is sealed; Prefect logs an error raised here, and the task then meets it again."""
         stage, context = inputs["stage"], inputs["context"]
         assert isinstance(stage, Stage)
         assert isinstance(context, Context)

@@ -1,4 +1,4 @@
-"""What the numbers of a benchmark say, and what to know before they are used: sentences made from them alone."""
+"""What the numbers of a benchmark say, and what to know before using them: sentences made only from the numbers."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ def list_facts(
 
 
 def list_findings(table: BenchmarkTable) -> list[str]:
-    """Return what the numbers say, in sentences made from them alone."""
+    """Return what the numbers say, in sentences made only from them."""
     return [
         *_compare_methods(table),
         *_compare_trivial(table),
@@ -49,7 +49,7 @@ def list_findings(table: BenchmarkTable) -> list[str]:
 
 
 def list_caveats(table: BenchmarkTable) -> list[str]:
-    """Return what has to be known before a number is used."""
+    """Return what a reader has to know before using a number."""
     caveats = []
     if any(cell.metric == "frechet_distance" for cell in table.cells):
         caveats.append(
