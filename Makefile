@@ -14,15 +14,15 @@ STAMP := $(VENV)/.made-$(shell cat requirements.lock pyproject.toml Makefile | c
 .PHONY: help environment demo test test-fast test-repeat check bench faults lock
 
 help:
-	@echo "make demo    everything, dataset to table, on this machine (again: only what changed)"
+	@echo "make demo    everything, dataset to table, on this machine (a rerun makes only what changed)"
 	@echo "make test    the tests"
-	@echo "make test-fast     those that need no server, no browser and no training of their own"
-	@echo "make test-repeat   the tests N times (N=5), with BUSY other processes that take a core each (BUSY=0)"
+	@echo "make test-fast     those that start no server, browser or training"
+	@echo "make test-repeat   the tests N times (N=5), with BUSY other processes keeping one core each busy (BUSY=0)"
 	@echo "make check   lint, format, types, import contracts"
-	@echo "make bench   every speed claim, measured"
-	@echo "make faults  the smoke run killed at random moments, and what is left of it (many minutes)"
+	@echo "make bench   measure every speed claim"
+	@echo "make faults  kill the smoke run at random moments and check what is left (many minutes)"
 	@echo "make environment   only .venv; every other target does it first"
-	@echo "make lock    resolve requirements.lock for what pyproject.toml asks now"
+	@echo "make lock    update requirements.lock for the current pyproject.toml"
 
 environment: $(STAMP)
 
@@ -38,7 +38,7 @@ test: $(STAMP)
 test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO_WORKERS) -m "not slow" $(ARGS)
 
-# One line a run; fails if a run did. BUSY=2 keeps two cores busy with something else.
+# One line per run; fails if any run did. BUSY=2 keeps two cores busy with something else.
 N ?= 5
 BUSY ?= 0
 test-repeat: $(STAMP)

@@ -1,4 +1,4 @@
-"""The loaders that ours is measured against: the published one, and three libraries fed one record a finished sample.
+"""The loaders that ours is measured against: the published one, and three libraries fed one record per finished sample.
 
 The libraries read records in the order that they can give (a shuffled stream), and find everything of a sample in one place:
 its example pair was chosen, and its images were gathered, when the records were written. That is the best case for them. To
@@ -151,7 +151,7 @@ class LibraryLoader:
         return batch
 
     def _next_generator(self, index: int) -> np.random.Generator:
-        self._taken += 1  # another noise in every epoch
+        self._taken += 1  # different noise in every epoch
         return sample_generator(self._taken, index)
 
 
@@ -215,7 +215,7 @@ class Library:
     module: str
     write: Callable[[Sequence[Record], Path], None]
     read: Callable[[Path, int], Iterator[Record]]
-    """Gives the records again and again, each epoch in another order."""
+    """Gives the records again and again, each epoch in a different order."""
 
     @property
     def is_installed(self) -> bool:

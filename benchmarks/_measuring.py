@@ -36,7 +36,7 @@ def take_turns(
 
 
 def synchronise() -> None:
-    """Wait for what a GPU has been asked for."""
+    """Wait until a GPU has done what it was asked for."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

@@ -2,7 +2,7 @@
 
 For each annotator, in a process of its own, image files in, map files out: ours, and the loop that controlnet-aux or
 transformers gives (decode, one image through their detector, encode), with the same weights (random, at the networks' real
-size), in turn. The share of the time in which the device computes, and how much memory four times as many images add, are ours.
+size), in turn. The share of the time in which the device computes, and the memory that four times as many images add, are ours.
 On a GPU where there is one. The last line is one JSON object; its ratio is the smallest of all annotators.
 """
 
@@ -262,7 +262,7 @@ def main() -> None:
     """Measure and print."""
     has_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__)
-    # On a CPU, OneFormer (219 M parameters at 640 px) takes a quarter of a minute an image: by name only.
+    # On a CPU, OneFormer (219 M parameters at 640 px) takes a quarter of a minute per image: by name only.
     names = [name for name in PEERS if has_gpu or name != "seg_oneformer"]
     parser.add_argument("--annotators", nargs="+", default=names, choices=list(PEERS))
     parser.add_argument("--image-size", type=int, default=512 if has_gpu else 256)

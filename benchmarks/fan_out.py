@@ -1,9 +1,9 @@
-"""Claim: fat parts keep the orchestration of a full-size annotation small; one task a shard does not.
+"""Claim: large parts keep the orchestration of a full-size annotation small; one task per shard does not.
 
-A dry fan-out: as many shards as InstructPix2Pix has (313,010 pairs, 256 a shard), each of one tiny pair and annotated by
+A dry fan-out: as many shards as InstructPix2Pix has (313,010 pairs, 256 per shard), each of one tiny pair and annotated by
 Canny, which takes no time, through the real flow against a real Prefect server, on SQLite and on Postgres (Debian's
 package ``postgresql``). What it takes is orchestration and the store's own work. Measured in turn in one process: the
-library alone, parts of 32 shards, and one task a shard. The last line is one JSON object.
+library alone, parts of 32 shards, and one task per shard. The last line is one JSON object.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def find_free_port() -> int:
 
 @contextmanager
 def serve_postgres() -> Iterator[str]:
-    """Run Postgres on a folder of its own, and give Prefect's address of its database."""
+    """Run Postgres on a folder of its own, and yield the address of its database for Prefect."""
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
     if not programs:
         raise SystemExit("no Postgres here: install Debian's package `postgresql`, or pass --database sqlite")
@@ -75,7 +75,7 @@ def serve_postgres() -> Iterator[str]:
 
 @contextmanager
 def serve_prefect(database: str | None) -> Iterator[Path]:
-    """Run a Prefect server on that database (None: its own SQLite), point this process at it, and give its log."""
+    """Run a Prefect server on that database (None: its own SQLite), point this process at it, and yield its log."""
     home, port = Path(tempfile.mkdtemp(prefix="fan-out-prefect-")), find_free_port()
     environment = os.environ | {"PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
     if database is not None:
@@ -118,7 +118,7 @@ def _wait_until_healthy(server: subprocess.Popen[bytes], url: str, log: Path) ->
 
 
 def build_overrides(num_shards: int, shards_per_part: int) -> dict[str, Any]:
-    """Return the dry run's fields: one tiny pair a shard, Canny alone, two parts at once."""
+    """Return the dry run's fields: one tiny pair per shard, Canny alone, two parts at once."""
     return {
         "ingest.source.num_groups": num_shards,
         "ingest.shard_rows": 1,

@@ -1,10 +1,10 @@
 """Claim: a step of our pipeline is no slower than one of diffusers' own ControlNet pipeline, on the same networks and machine.
 
 Both denoise one image with guidance, from the same noise, by DDIM, on one UNet and one ControlNet's weights, and their latents
-are compared: the same arithmetic, but ours runs its stems once an image, the example pair's too, and the peer's runs its one
+are compared: the same arithmetic, but ours runs its stems once per image, the example pair's too, and the peer's runs its one
 every step. On a CPU the networks have SD v1.5's layout at a fifth of its width, on a GPU its real size; weights are random.
 
-Also reported: images a second of DDIM with 100 steps against DPM-Solver++ and UniPC with 20, and how far their outputs are
+Also reported: images per second of DDIM with 100 steps against DPM-Solver++ and UniPC with 20, and how far their outputs are
 apart. That needs a model that has learned something. ``--model`` names one, such as the demo's; without it the demo's base
 paints scenes by their captions alone, for a new ControlNet says nothing. The last line is one JSON object.
 """
@@ -126,7 +126,7 @@ def compare_schedulers(
     rounds: int,
     clock: Callable[[], float],
 ) -> dict[str, Any]:
-    """Return images a second of each scheduler, by the clock, and its RMSE in [0, 1] from DDIM with 100 steps."""
+    """Return images per second of each scheduler, by the clock, and its RMSE in [0, 1] from DDIM with 100 steps."""
     sources, targets, queries = (
         np.stack([getattr(sample, side) for sample in samples])
         for side in ("example_source", "example_target", "query")

@@ -6,11 +6,11 @@ sample, opened, resized by Lanczos to 256 px and stacked as float32, and nothing
 mosaicml-streaming fed the same samples, each a finished record (``_loader_peers.py``: their best case), and ours from a real
 S3 server, in the first epoch (an empty cache: shards are fetched and decoded) and after it.
 
-Fed PNG, as they recommend, the libraries decode three images a sample. Fed raw pixels they decode none, and the best of them
+Fed PNG, as they recommend, the libraries decode three images per sample. Fed raw pixels they decode none, and the best of them
 comes near: both then copy the same bytes from the page cache and draw the same noise. It does so only because a record is one
-finished sample: three times the bytes of our cache for one fixed example a vision task, and no other example ever.
+finished sample: three times the bytes of our cache for one fixed example per vision task, and no other example ever.
 
-The warm figure holds where the disk has room for the whole cache (see the bytes a row); with less, shards are fetched and
+The warm figure holds where the disk has room for the whole cache (see the bytes per row); with less, shards are fetched and
 decoded again in every epoch, at the first epoch's rate. Here the cache lies in the machine's page cache.
 
 Everything runs in one process pinned to one core, in turns; only the S3 server has the other cores. The images are ray-cast
@@ -82,7 +82,7 @@ TURN = {"ours": 2048, "published": 64, "png": 256, "raw": 1024}
 
 
 def seal_random(stage: str, role: str, of: ManifestRef, store: str, columns: dict[str, tuple[int, ...]]) -> ManifestRef:
-    """Seal random arrays of those shapes, a row each row of another manifest (each distinct caption, for texts)."""
+    """Seal random arrays of those shapes, one per row of another manifest (per distinct caption, for texts)."""
     manifest = open_manifest(of.uri)
     identity = StageIdentity(
         stage=stage,
@@ -153,7 +153,7 @@ class Ours:
         return next(iter(self.data.values()))
 
     def take(self, count: int) -> None:
-        """Make the next so many samples."""
+        """Make that many more samples."""
         for start in range(self.position, self.position + count, BATCH_SIZE):
             self.maker.make(range(start, min(start + BATCH_SIZE, self.position + count)))
         self.position += count
@@ -227,7 +227,7 @@ def pin_to_one_core() -> None:
 
 @contextmanager
 def start_s3(folder: Path) -> Iterator[str | None]:
-    """Start a real S3 server and point the AWS variables at it; give its bucket's URI, None where there is no server."""
+    """Start a real S3 server and point the AWS variables at it; yield its bucket's URI, None where there is no server."""
     program = shutil.which("weed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if program is None:
         yield None

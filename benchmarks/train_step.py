@@ -119,7 +119,7 @@ class PublishedStep:
 
 
 def measure_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the operations a second of a large matrix product."""
+    """Return the operations per second of a large matrix product."""
     size = 8192 if device.type == "cuda" else 1536
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = 0.0

@@ -1,9 +1,9 @@
 """Claim: two processes that share a step's batch train at least 1.7 times as fast as one, of the compute that is there.
 
 The real loop trains a UNet of SD v1.5's layout at a tenth of its width (denoising, AdamW, random latents) through torchrun, one
-CPU thread a process, gloo between them; the batch is the same for one and for two. In turn with them two processes train at
-once that have nothing to do with each other: what they reach together is all that the machine's two cores can give. The last
-line is one JSON object.
+CPU thread per process, gloo between them; the batch is the same for one and for two. In turn with them two independent
+ones train at once: what they reach together is all that the machine's two cores can give. The last line is one
+JSON object.
 """
 
 import argparse
@@ -33,7 +33,7 @@ MICRO_BATCH = 8
 
 
 class Denoising:
-    """The noise-prediction loss on latents and text embeddings that are random themselves."""
+    """The noise-prediction loss on latents and text embeddings that are themselves random."""
 
     labels = ("denoising",)
 

@@ -12,7 +12,7 @@ from tasks.publish import publish_maps
 def annotate_six_task(
     preset: Preset = "demo", overrides: Overrides | None = None, store: str | None = None, upstream: Upstream = "make"
 ) -> dict[str, ManifestRef]:
-    """Make the condition maps of both images of every pair: one sealed manifest a condition.
+    """Make the condition maps of both images of every pair: one sealed manifest per condition.
 
     Args:
         preset: The complete configuration to start from.

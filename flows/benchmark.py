@@ -27,7 +27,7 @@ def benchmark(
 
 
 def tabulate(run: Run, seconds: dict[str, float]) -> ManifestRef:
-    """Make the table of a run, and show it in Prefect's page; `seconds` say how long the parts before it took."""
+    """Make the table of a run, and show it in Prefect's page; `seconds` say how long the earlier parts took."""
     table = obtain_benchmark(run.making(), obtain_measurements(run, obtain_models(run)), seconds)
     publish_table(table)
     return table

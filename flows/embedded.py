@@ -1,4 +1,4 @@
-"""Flows in one process, with a Prefect server of its own: what `make demo` and the command line run."""
+"""Flows in one process, with their own Prefect server: what `make demo` and the command line run."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import httpx
 from prefect.client.orchestration import get_client
@@ -30,6 +30,7 @@ from prefect.settings import (
     get_current_settings,
     temporary_settings,
 )
+from prefect.settings.legacy import Setting
 
 from flows.reproduce import reproduce_run
 from flows.run import Overrides, as_subflow, start_run
@@ -45,17 +46,17 @@ logger = logging.getLogger(__name__)
 _START_TIMEOUT_SECONDS = 300  # the first start makes the database: 10 seconds, or a minute on a busy machine
 _STOP_TIMEOUT_SECONDS = 10
 _KNOCK_SECONDS = 10.0
-_SETTLE_SECONDS = 0.5  # a Ctrl-C that ends the server, too, is this process's own to tell
+_SETTLE_SECONDS = 0.5  # a Ctrl-C that also ends the server is reported by this process itself
 SERVER_LOST = 1
 
 
 def reproduce_here(preset: str, overrides: Overrides, store: str | None, home: Path) -> ManifestRef:
-    """Return the table: made in this process where anything is missing, at once where everything is sealed.
+    """Return the table: at once if everything is sealed, otherwise made in this process.
 
-    `home` is the folder of the embedded server. ValueError, one sentence, for what a user got wrong, before it starts.
+    `home` is the folder of the embedded server. A user's mistake is a one-sentence ValueError before it starts.
     """
     run = start_run(preset, overrides, store)
-    # Asking the store costs a second; the server, which would only hear that there is nothing to do, ten.
+    # Checking the store takes a second; starting a server, only to find nothing to do, takes ten.
     table = find_benchmark(run)
     if table is not None:
         return table
@@ -71,9 +72,9 @@ def train_here(preset: str, overrides: Overrides, store: str | None, home: Path)
 
 
 def find_train_identity(preset: str, overrides: Overrides, store: str | None) -> StageIdentity:
-    """Return what that training would be known by; UnsealedError names a stage before it that is not made.
+    """Return the identity of that training; UnsealedError names an earlier stage that is not sealed.
 
-    Asks the store alone, and writes nothing.
+    Reads only the store, and writes nothing.
     """
     run = start_run(preset, overrides, store, upstream="require", writes=False)
     return Train(run.config.train, obtain_inputs(run, obtain_dataset(run, obtain_pairs(run)))).identity
@@ -81,20 +82,20 @@ def find_train_identity(preset: str, overrides: Overrides, store: str | None) ->
 
 @contextmanager
 def embedded_server(home: Path) -> Iterator[None]:
-    """Run the flows of the block against a server of their own, with its database and results below `home`.
+    """Run the flows of the block against their own server, with its database and results below `home`.
 
-    Where Prefect is pointed at a server (PREFECT_API_URL or a profile), that one is used; ConnectionError, one sentence, where
+    If Prefect is pointed at a server (PREFECT_API_URL or a profile), that one is used; a one-sentence ConnectionError if
     it does not answer.
-    Prefect's own temporary server does not do: it takes a Ctrl-C for itself, and the flow then waits minutes for it.
+    Prefect's own temporary server is not usable: it also receives the Ctrl-C, and the flow then waits minutes for it.
     """
     if PREFECT_API_URL.value():
         check_server()
         yield
         return
-    listener = socket.socket()  # handed to the server, so that nobody can take its port in between
+    listener = socket.socket()  # passed to the server, so that nobody can take its port in between
     listener.bind(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    settings: dict[Any, Any] = {
+    settings: dict[Setting, object] = {
         PREFECT_HOME: home.resolve(),
         PREFECT_API_URL: f"http://127.0.0.1:{port}/api",
         PREFECT_SERVER_ANALYTICS_ENABLED: False,
@@ -107,18 +108,18 @@ def embedded_server(home: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            # What is left to send when the server ends would be tried again and again for a minute.
+            # Anything left to send when the server ends would be retried for a minute.
             APILogWorker.drain_all()
             EventsWorker.drain_all()
 
 
 def check_server() -> None:
-    """Raise ConnectionError, one sentence, where the server that Prefect is pointed at does not answer, or refuses us.
+    """Raise a one-sentence ConnectionError if the server that Prefect is pointed at does not answer, or refuses us.
 
-    Prefect's client itself would try for minutes, and end in a traceback.
+    Prefect's client itself would try for minutes, and end with a traceback.
     """
     where = f"the Prefect server at {hide_password(PREFECT_API_URL.value() or '')} (PREFECT_API_URL)"
-    patience: dict[Any, Any] = {PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: _KNOCK_SECONDS}
+    patience: dict[Setting, object] = {PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: _KNOCK_SECONDS}
     try:
         with temporary_settings(updates=patience), get_client(sync_client=True) as client:
             client.read_flows(limit=1)
@@ -134,10 +135,10 @@ def check_server() -> None:
 
 @contextmanager
 def _serve(listener: socket.socket, log: Path) -> Iterator[None]:
-    """Run the server's process for the time of the block."""
+    """Run the server's process for the duration of the block."""
     environment = os.environ | get_current_settings().to_environment_variables(exclude_unset=True)
     port, number = listener.getsockname()[1], listener.fileno()
-    # -P: what lies in the current folder, such as a user's own flows.py or random.py, is not imported
+    # -P: nothing is imported from the current folder, such as a user's own flows.py or random.py
     command = [sys.executable, "-P", "-m", "flows.server", str(number)]
     with listener, log.open("wb") as sink:
         # A session of its own: the terminal's Ctrl-C is for the flows.
@@ -167,10 +168,10 @@ def _serve(listener: socket.socket, log: Path) -> Iterator[None]:
 
 
 def _follow(server: subprocess.Popen[bytes], is_over: threading.Event, log: Path) -> None:
-    """End this process, with one sentence and at once, where its server ends before it does.
+    """End this process at once, with one sentence, if its server ends before it does.
 
-    Prefect would ask the dead server for minutes. Nothing is lost by going: the store keeps what is finished, trainings
-    save and stop when their parent is gone, and what MLflow has not heard waits in its outbox.
+    Prefect would retry the dead server for minutes. Nothing is lost by exiting: the store keeps what is finished, trainings
+    save and stop when their parent is gone, and what was not sent to MLflow waits in its outbox.
     """
     server.wait()
     if is_over.wait(_SETTLE_SECONDS):

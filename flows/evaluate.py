@@ -14,8 +14,8 @@ def evaluate(
 ) -> list[ManifestRef]:
     """Generate and measure: a cell for each method and vision task, the in-context test, the trivial baselines.
 
-    The numbers of Prompt Diffusion also go beside its version in the registry, if it has one. Where earlier stages are
-    required, baselines that are not trained are named and left out; the joint model has to be there.
+    The numbers of Prompt Diffusion are also recorded with its version in the registry, if it has one. With
+    `upstream="require"`, baselines that are not trained are named and left out; the joint model must exist.
 
     Args:
         preset: The complete configuration to start from.
@@ -27,7 +27,7 @@ def evaluate(
 
 
 def measure(run: Run) -> list[ManifestRef]:
-    """Measure the models of a run, and put the joint model's numbers beside its version."""
+    """Measure the models of a run, and record the joint model's numbers with its version."""
     models = find_models(run) if run.upstream == "require" else obtain_models(run)
     missing = models.list_missing(run)
     if missing:

@@ -9,7 +9,7 @@ from prompt_diffusion.store.manifest import ManifestRef
 
 @flow(name="ingest")
 def ingest_pairs(preset: Preset = "demo", overrides: Overrides | None = None, store: str | None = None) -> ManifestRef:
-    """Read the source of image pairs, reject what is broken with its reason, and seal the rest.
+    """Read the source of image pairs, reject broken samples with a reason, and seal the rest.
 
     Args:
         preset: The complete configuration to start from.

@@ -26,11 +26,11 @@ def pretrain_demo_base(
     """Train the demo's base from scratch, on scenes: autoencoder, tokenizer, text encoder, text-to-image UNet.
 
     Args:
-        num_scenes: How many scene pairs to make; a twentieth of them is held out, to score the base on.
+        num_scenes: How many scene pairs to make; a twentieth of them is held out, to evaluate the base.
         config: Architecture and recipe.
         store: Folder or s3:// address that keeps every stage; empty means PROMPT_DIFFUSION_STORE, else `outputs/store`.
         upstream: What to do about scenes and maps that are not sealed yet: make them, or fail and name the first.
-        install_it: Also put the result where this checkout looks up `demo-base`, in place of the one that is shipped.
+        install_it: Also put the result where this checkout looks up `demo-base`, instead of the one that is shipped.
     """
     overrides = {
         "ingest.source.num_groups": num_scenes,

@@ -13,7 +13,7 @@ from prompt_diffusion.store.manifest import ManifestRef
 
 @flow(name="reproduce")
 def reproduce(preset: Preset = "demo", overrides: Overrides | None = None, store: str | None = None) -> ManifestRef:
-    """Ingest, annotate, train, evaluate and tabulate; what is sealed already is not made again.
+    """Ingest, annotate, train, evaluate and tabulate; sealed stages are not made again.
 
     Args:
         preset: The complete configuration to start from.
@@ -24,7 +24,7 @@ def reproduce(preset: Preset = "demo", overrides: Overrides | None = None, store
 
 
 def reproduce_run(run: Run) -> ManifestRef:
-    """Make everything of a run, part by part; what it names was looked up once, and means the same to every part."""
+    """Make everything in a run, part by part; its names were resolved once, and mean the same to every part."""
     made, clock = run.requiring(), Stopwatch()
     with clock.time("ingest"):
         as_subflow(obtain_pairs, "ingest")(run)

@@ -1,4 +1,4 @@
-"""What every flow starts with: a run, resolved once, and handed down to every flow and stage below it."""
+"""What every flow starts with: a run, resolved once and passed down to every flow and stage below it."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from prompt_diffusion.settings import Settings, load_settings
 from prompt_diffusion.store.storage import check_writable, local_path
 
 Preset = Literal["smoke", "demo", "paper"]
-Overrides = dict[str, Any]  # a JSON object: Prefect makes the form of it
+Overrides = dict[str, Any]  # a JSON object: Prefect builds the form from it
 Upstream = Literal["make", "require"]
 
 P = ParamSpec("P")
@@ -27,7 +27,7 @@ T = TypeVar("T")
 class Run:
     """One run of a flow: what to make, where it is kept, and what to do about a stage that is not sealed.
 
-    Nothing in it is a name that may mean something else in a minute: models are local folders of checked content.
+    It holds no name whose meaning may change during the run: models are local folders of checked content.
     """
 
     config: RunConfig
@@ -36,7 +36,7 @@ class Run:
     upstream: Upstream
 
     def making(self) -> Self:
-        """Return the same run for the flow's own stages, which are made whatever is asked of those before them."""
+        """Return the same run for the flow's own stages, which are made even if earlier stages are required."""
         return replace(self, upstream="make")
 
     def requiring(self) -> Self:
@@ -56,8 +56,8 @@ def start_run(
     """Resolve a run: check everything that a user can get wrong, and pin what it names to content.
 
     Configuration and store are checked before anything has started; a registered model, whose alias may move while the run
-    goes on, and a mirrored one become local folders, unless the flow reads no model. A run that writes nothing leaves the
-    store unprobed. ValueError, in one sentence, for what is wrong.
+    goes on, and a mirrored one become local folders, unless the flow reads no model. A run that writes nothing does not
+    probe the store. A mistake is a one-sentence ValueError.
     """
     settings = load_settings()
     config = build_preset(preset, overrides)
@@ -71,9 +71,9 @@ def start_run(
 
 
 def pin_models(config: RunConfig, settings: Settings, store: str) -> RunConfig:
-    """Return the configuration with what its trainings start from found: a registered or mirrored model as a local folder.
+    """Return the configuration with the registered or mirrored models that its trainings start from as local folders.
 
-    ValueError, one sentence, for a registered model that is not there and a mirror's file that was altered.
+    A one-sentence ValueError for a registered model that does not exist or a mirrored file that was altered.
     """
     found: dict[str, str] = {}
 
@@ -101,7 +101,7 @@ def pin_models(config: RunConfig, settings: Settings, store: str) -> RunConfig:
 
 
 def as_subflow(body: Callable[P, T], name: str) -> Flow[P, T]:
-    """Return a flow that shows under a parent in Prefect's page, and takes what the parent resolved."""
+    """Return a flow that appears under its parent on Prefect's page, and takes what the parent resolved."""
     return flow(name=name, validate_parameters=False)(body)
 
 
@@ -113,7 +113,7 @@ class Stopwatch:
 
     @contextmanager
     def time(self, part: str) -> Iterator[None]:
-        """Note the seconds that the block takes under the part's name."""
+        """Record the seconds that the block takes under the part's name."""
         started = time.monotonic()
         yield
         self.seconds[part] = time.monotonic() - started

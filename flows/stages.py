@@ -1,4 +1,4 @@
-"""The stages as flows ask for them: made where they are missing, or required; each sealed one is only looked up."""
+"""The stages as flows request them: made if missing, or required; sealed ones are only looked up."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,14 +41,14 @@ class Models:
     inputs: TrainInputs
     six_task: ManifestRef
     baselines: dict[str, ManifestRef]
-    """By vision task; those alone that are trained, where nothing is made."""
+    """By vision task; only the trained ones, if nothing is to be made."""
 
     def find(self, method: Method, vision_task: str) -> ManifestRef:
         """Return the model of a method for a vision task."""
         return self.six_task if method == "Prompt Diffusion" else self.baselines[vision_task]
 
     def list_missing(self, run: Run) -> list[str]:
-        """Return the vision tasks' baselines that are not there, by name."""
+        """Return the names of the vision tasks' missing baselines."""
         return [f"CN(FT) {task}" for task in run.config.train.vision_tasks if task not in self.baselines]
 
 
@@ -62,7 +62,7 @@ class Measurements:
 
 
 def obtain(run: Run, stage: Stage[R], resources: R, made: Sequence[MadeShard] = ()) -> ManifestRef:
-    """Return a stage's sealed output: made now where it is missing, or, if the run requires it, UnsealedError."""
+    """Return a stage's sealed output, made now if it is missing; UnsealedError if the run requires it to exist."""
     if run.upstream == "require":
         return require(stage, run.store)
     return plan_task(stage)(stage, Context(run.store, resources, made=tuple(made)))
@@ -80,7 +80,7 @@ def obtain_all(run: Run, stages: Sequence[Stage[R]], resources: R, at_once: int 
 
 
 def obtain_shared(run: Run, stage: ShardedStage[D], resources: D, fan_out: FanOut) -> ManifestRef:
-    """Return the output of a stage whose shards many workers make, where it is not sealed and large enough to be shared."""
+    """Return a stage's output; if it is not sealed and large enough, many workers make its shards."""
     indices = range(stage.count_shards())
     is_small = len(indices) <= fan_out.shards_per_part
     if run.upstream == "require" or is_small or is_sealed(stage.identity.uri(run.store)):
@@ -128,7 +128,7 @@ def obtain_joint_model(run: Run, inputs: TrainInputs) -> ManifestRef:
 
 
 def obtain_baselines(run: Run, inputs: TrainInputs) -> dict[str, ManifestRef]:
-    """Return the CN(FT) baselines, one a vision task."""
+    """Return the CN(FT) baselines, one per vision task."""
     configs, resources = run.config.baseline_trainings(), run.config.resources
     stages = [Train(config, inputs) for config in configs.values()]
     models = obtain_all(run, stages, resources.baselines, at_once=resources.parallel_baselines)
@@ -142,7 +142,7 @@ def obtain_models(run: Run) -> Models:
 
 
 def find_models(run: Run) -> Models:
-    """Return the models that are there: the joint one, else UnsealedError, and those of the baselines that are trained."""
+    """Return the models that exist: the joint one (UnsealedError if it is missing) and the baselines that are trained."""
     inputs = obtain_inputs(run, obtain_dataset(run, obtain_pairs(run)))
     six_task = obtain_joint_model(run, inputs)
     found = {
@@ -187,7 +187,7 @@ def obtain_benchmark(run: Run, measured: Measurements, seconds: dict[str, float]
 
 
 def find_benchmark(run: Run) -> ManifestRef | None:
-    """Return the table if it and everything before it is sealed, else None; asks the store alone and needs no server."""
+    """Return the table if it and everything before it is sealed, else None; reads only the store and needs no server."""
     asked = run.requiring()
     try:
         return obtain_benchmark(asked, obtain_measurements(asked, obtain_models(asked)), seconds={})

@@ -19,9 +19,9 @@ from tasks.register import choose_alias, register
 def train_six_task(
     preset: Preset = "demo", overrides: Overrides | None = None, store: str | None = None, upstream: Upstream = "make"
 ) -> ManifestRef:
-    """Train one Prompt Diffusion model on all six vision tasks, and register it: as the challenger, unless it is a smoke run's.
+    """Train one Prompt Diffusion model on all six vision tasks, and register it: as the challenger, except in a smoke run.
 
-    A run that was stopped goes on from its last checkpoint when the same run is started again.
+    A run that was stopped resumes from its last checkpoint when the same run is started again.
 
     Args:
         preset: The complete configuration to start from.
@@ -43,7 +43,7 @@ def train_joint_model(run: Run) -> ManifestRef:
 def train_controlnet_baselines(
     preset: Preset = "demo", overrides: Overrides | None = None, store: str | None = None, upstream: Upstream = "make"
 ) -> dict[str, ManifestRef]:
-    """Train the CN(FT) baselines: one ControlNet a vision task, on the query alone, on as many samples of its vision task.
+    """Train the CN(FT) baselines: one ControlNet per vision task, on the query alone, on as many samples of its task.
 
     Args:
         preset: The complete configuration to start from.
@@ -71,15 +71,15 @@ def train_custom(
     store: str | None = None,
     upstream: Upstream = "make",
 ) -> ManifestRef:
-    """Train a vision task of your own, from a folder of (source, target) pairs, and register the model under its own name.
+    """Train your own vision task, from a folder of (source, target) pairs, and register the model under its own name.
 
     The vision task is called `{condition}_to_image`; the registered model `prompt-diffusion-{condition}`.
 
     Args:
         folder: The pairs: images with `metadata.csv` of `source_file_name`, `target_file_name` and `caption`, at a path or URI.
-        condition: What the source images are, in one word of your own, for example `sketch`.
+        condition: What the source images are, in one word of your choice, for example `sketch`.
         mixed: Train on the preset's six vision tasks too, so that they are not forgotten; all are drawn equally often.
-        model: The registered model or folder to go on from; none starts from the preset's base with a new ControlNet.
+        model: The registered model or folder to start from; none: the preset's base with a new ControlNet.
         steps: Optimizer steps; empty means the preset's.
         preset: The complete configuration to start from: resolution, recipe and, where mixed, the six tasks' dataset.
         overrides: Single fields to change, by dotted name, for example `{"train.batch_size": 16}`.
@@ -94,7 +94,7 @@ def train_custom(
 
 
 def build_custom_overrides(condition: str, mixed: bool, model: str | None, steps: int | None) -> Overrides:
-    """Return what a training on a user's own pairs changes in a preset; ValueError where the condition's name is taken."""
+    """Return what a training on a user's own pairs changes in a preset; ValueError if the condition's name is taken."""
     names = {task.condition for task in VISION_TASKS.values()}
     if mixed and condition in names:
         raise ValueError(
@@ -114,7 +114,7 @@ def build_custom_overrides(condition: str, mixed: bool, model: str | None, steps
 
 
 def prepare_custom_inputs(run: Run, folder: str, condition: str, mixed: bool) -> TrainInputs:
-    """Return what a training on a user's own pairs reads: the pairs first, so that what is wrong with them is said at once."""
+    """Return what a training on a user's own pairs reads; the pairs come first, so that their faults are reported at once."""
     pairs = use_pairs(run, folder, condition)
     check_pairs(obtain_pairs(pairs))
     own = prepare_inputs(pairs)
@@ -122,9 +122,9 @@ def prepare_custom_inputs(run: Run, folder: str, condition: str, mixed: bool) ->
 
 
 def use_pairs(run: Run, folder: str, condition: str) -> Run:
-    """Return the run with a user's pairs in place of the preset's dataset, ingested in the same way.
+    """Return the run with a user's pairs instead of the preset's dataset, ingested in the same way.
 
-    Where the run's own source is an image folder, what it says of columns and grey values holds for the pairs.
+    If the run's own source is an image folder, its columns and grey values apply to the pairs.
     """
     given = run.config.ingest.source
     fields = given.model_dump() if isinstance(given, ImageFolderConfig) else {}

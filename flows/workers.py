@@ -1,4 +1,4 @@
-"""The workers that share a fan-out: threads of this process, one a device, or a Ray cluster; the same tasks on both."""
+"""The workers that share a fan-out: threads of this process, one per device, or a Ray cluster; the same tasks on both."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,14 +8,14 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from prompt_diffusion.presets import FanOut
 
-Workers = TaskRunner[Any]
+Workers = TaskRunner[Any]  # each kind of runner has futures of its own kind
 
 
 @contextmanager
 def start_workers(fan_out: FanOut) -> Iterator[Workers]:
-    """Give a started task runner; ValueError where Ray was asked for and is not installed.
+    """Yield a started task runner; ValueError if Ray was requested and is not installed.
 
-    Ray runs a part again whose worker died; what it had finished lies in the store, and is found there.
+    Ray reruns a part whose worker died; what it had finished is found in the store.
     """
     if fan_out.engine == "threads":
         pool: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=max(1, len(fan_out.devices)))

@@ -1,4 +1,4 @@
-"""Prompt Diffusion, from raw dataset to results table: a library that knows no orchestrator.
+"""Prompt Diffusion, from raw dataset to results table: a library that needs no orchestrator.
 
 ``load`` gives a working pipeline for a registered model or a folder; ``dir(prompt_diffusion)`` lists what else there is. Each
 name is imported when it is first used, so that importing the package is fast and loads no torch.

@@ -34,20 +34,20 @@ def choose_device(device: str, local_rank: int = 0) -> "torch.device":
     name = name_device(device, torch.cuda.device_count() if torch.cuda.is_available() else 0, local_rank)
     try:
         chosen = torch.device(name)
-        torch.zeros(1, device=chosen).item()  # asks for a number, which a device without memory ("meta") has not
-    except (RuntimeError, AssertionError, NotImplementedError):  # torch's own messages name its build, not the way out
+        torch.zeros(1, device=chosen).item()  # asks for an index, which a device without memory ("meta") does not have
+    except (RuntimeError, AssertionError, NotImplementedError):  # torch's own messages name its build, not the remedy
         raise refuse(device) from None
     return chosen
 
 
 def name_device(device: str, num_gpus: int, local_rank: int = 0) -> str:
-    """Return the name in full of a setting's device, on a machine with that many GPUs."""
+    """Return the full name of a setting's device, on a machine with that many GPUs."""
     name = ("cuda" if num_gpus else "cpu") if device == AUTO else device
     return f"cuda:{local_rank % num_gpus}" if name == "cuda" and num_gpus else name
 
 
 def refuse(device: str) -> ValueError:
-    """Return the one sentence of a device that this machine does not have."""
+    """Return the one sentence about a device that this machine does not have."""
     return ValueError(f"device {device!r} cannot be used on this machine: use 'cpu' or 'auto'")
 
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 class FrozenModel(BaseModel):
     """A value with checked fields: an unknown field is refused, none can be assigned, and its docstring is its description.
 
-    Numbers are finite, and `true` is none.
+    Numbers are finite, and ``true`` is not a number.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
@@ -16,7 +16,7 @@ class FrozenModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _name_truth_values(cls, content: Any) -> Any:  # noqa: ANN401 - whatever a caller gives
-        """Have `true` refused where a number is asked for, which pydantic takes for 1: as a word it is none."""
+        """Have ``true`` refused where a number is expected: pydantic would take it for 1, so it becomes a word."""
         if not isinstance(content, dict):
             return content
         fields = cls.model_fields
@@ -35,7 +35,7 @@ def _name_truth(value: Any) -> Any:  # noqa: ANN401
 
 
 def _is_of_numbers(annotation: Any) -> bool:  # noqa: ANN401 - a type
-    """Say whether a field's type is made of numbers alone, in any container: no truth value and no model in it."""
+    """Say whether a field's type is made of numbers alone, in any container: no boolean and no model in it."""
     inner = get_args(annotation)
     if not inner:
         return annotation in (int, float)
@@ -47,7 +47,7 @@ def _is_of_numbers(annotation: Any) -> bool:  # noqa: ANN401 - a type
 def say_first_error(error: ValidationError, whole: str = "") -> str:
     """Return the first thing that is wrong, in one sentence: the field, what is allowed and what was given.
 
-    ``whole`` names the value where it is none of its fields that is wrong, but how they go together.
+    ``whole`` names the value where not one of its fields is wrong, but their combination.
     """
     first = error.errors(include_url=False)[0]
     place = ".".join(str(part) for part in first["loc"])

@@ -11,12 +11,12 @@ import zlib
 from PIL import Image, ImageFile, PngImagePlugin
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-"""What is taken, as Pillow names it."""
+"""The formats that are accepted, as Pillow names them."""
 MAX_PIXELS = 64 * 1024 * 1024
-"""What is decoded at most, by the header."""
+"""The most pixels that are decoded, by the header."""
 # Intact files carry megabytes of text (an editor's workflow) or a printer's colour profile; 64 MiB in all stay the limit.
 PngImagePlugin.MAX_TEXT_CHUNK = 16 * 1024 * 1024
-# What Pillow's decoders raise on damaged data, beside OSError: each format's parser has its own way to stumble.
+# What Pillow's decoders raise on damaged data, beside OSError: each format's parser fails in its own way.
 DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, OverflowError, AttributeError, MemoryError,
     NotImplementedError,
@@ -28,7 +28,7 @@ _OPENED_AS = (*IMAGE_FORMATS, "MPO")  # a JPEG with a second picture behind the 
 def open_image(data: bytes) -> Image.Image:
     """Open an image file by its header, whatever its name says; nothing is decoded yet.
 
-    UnidentifiedImageError, an OSError, where it is of no format that is taken; any other error of Pillow's parsers.
+    UnidentifiedImageError, an OSError, where its format is not accepted; any other error of Pillow's parsers.
     """
     return Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
 

@@ -28,13 +28,13 @@ PRESET_NAMES: tuple[PresetName, ...] = ("smoke", "demo", "paper")
 class BaselinesConfig(FrozenModel):
     """The CN(FT) baselines: the joint recipe with the query alone, one vision task each.
 
-    The optimizer is their own, so that tuning the joint training's trains no baseline again.
+    The optimizer is their own, so that tuning the joint training's does not retrain the baselines.
     """
 
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer and schedule."""
     batch_size: int = Field(default=128, ge=1)
-    """Samples a step. The number of steps follows: as many samples of its vision task as the joint model saw of it."""
+    """Samples per step. The number of steps follows: as many samples of its vision task as the joint model saw of it."""
     controlnets: dict[str, str] = {}
     """ControlNet that the baseline of a vision task starts from, a folder or a hub's repository, such as
     ``{"depth_to_image": "lllyasviel/sd-controlnet-depth"}``; the others start from the base's encoder."""
@@ -44,17 +44,17 @@ class FanOut(FrozenModel):
     """How the shards of a large stage are shared among workers: never part of a fingerprint."""
 
     engine: Literal["threads", "ray"] = "threads"
-    """Threads of this process, one a device, or a Ray cluster (the extra 'ray')."""
+    """Threads of this process, one per device, or a Ray cluster (the extra 'ray')."""
     devices: tuple[str, ...] = ()
     """The devices of one process, in place of the stage's own; with threads, as many parts run at once as there are."""
     shards_per_part: int = Field(default=32, ge=1)
-    """Shards a task. Parts are fat: a task's overhead and the loading of weights must not show."""
+    """Shards per task. Parts are large: a task's overhead and the loading of weights must not matter."""
     ray_address: str | None = None
-    """A running cluster, as Ray names it (`ray://host:10001`, `host:6379`); None starts one on this machine."""
+    """A running cluster, as Ray names it (``ray://host:10001``, ``host:6379``); None starts one on this machine."""
     gpus_per_part: float = Field(default=1.0, ge=0)
-    """GPUs that Ray keeps for a part; 0 for CPUs."""
+    """GPUs that Ray reserves for a part; 0 for CPUs."""
     cpus_per_part: float = Field(default=1.0, ge=0)
-    """CPUs that Ray keeps for a part."""
+    """CPUs that Ray reserves for a part."""
 
 
 class Resources(FrozenModel):
@@ -110,7 +110,7 @@ class RunConfig(FrozenModel):
     def baseline_trainings(self) -> dict[str, TrainConfig]:
         """Return the CN(FT) recipe of each vision task, given as many samples of it as the joint training drew.
 
-        What the joint recipe says of examples has no meaning for them and is left at its default; what the joint training
+        What the joint recipe says about examples has no meaning for them and is left at its default; what the joint training
         starts its ControlNet from is not theirs.
         """
         plain = TrainConfig()
@@ -164,7 +164,7 @@ def paper() -> RunConfig:
       as many samples of it as the joint model sees, from SD's encoder; ``baselines.controlnets`` starts them from public
       ControlNets.
     - Evaluation: DDIM, 100 steps, eta 0, guidance 9, the published suffix and negative prompt, the example of the same prompt
-      group, 10,000 test images a vision task (section 4 and the code). The in-context test is ours. The same steps and
+      group, 10,000 test images per vision task (section 4 and the code). The in-context test is ours. The same steps and
       guidance are the model's own (``train.sampling``).
     - Resources change no result: published is gradient checkpointing, which saves memory alone and is off here.
     """
@@ -303,7 +303,7 @@ def _join_bases(content: dict[str, Any], *, is_chosen: bool) -> None:
     """Let the encoders follow the training's base; ValueError where another was chosen for them."""
     encode, train = content["encode"], content["train"]
     if not (isinstance(encode, dict) and isinstance(train, dict)):
-        return  # what is no configuration at all is refused as such
+        return  # what is not a configuration at all is refused as such
     base = train.get("base", TrainConfig().base)
     if encode.get("base", EncodeConfig.model_fields["base"].default) == base:
         return

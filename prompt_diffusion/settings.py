@@ -18,18 +18,18 @@ class Settings(BaseSettings):
     cache_dir: Path = Path("outputs/cache")
     """Folder for local copies of weights (PROMPT_DIFFUSION_CACHE_DIR)."""
     weights_dir: Path | None = None
-    """Folder with weights that were fetched by hand, for machines without a hub (PROMPT_DIFFUSION_WEIGHTS_DIR)."""
+    """Folder with weights that were fetched by hand, for machines that reach no hub (PROMPT_DIFFUSION_WEIGHTS_DIR)."""
     tracking_uri: str = Field(default="sqlite:///outputs/mlflow.db", alias="MLFLOW_TRACKING_URI")
     """MLflow's tracking server or database (MLFLOW_TRACKING_URI)."""
     studio_password: SecretStr | None = None
-    """What the studio asks of every visitor; without it, a page that other machines can reach draws one
+    """The studio's password for every visitor; without it, a page that other machines can reach draws one at random
     (PROMPT_DIFFUSION_STUDIO_PASSWORD)."""
     registered_model: str = "prompt-diffusion"
     """Name under which models are registered (PROMPT_DIFFUSION_REGISTERED_MODEL)."""
 
 
 def load_settings() -> Settings:
-    """Read the environment; ValueError where the working directory, which relative places begin at, was deleted."""
+    """Read the environment; ValueError where the working directory, from which relative places start, was deleted."""
     try:
         Path.cwd()
     except FileNotFoundError:

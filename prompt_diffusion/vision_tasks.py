@@ -64,7 +64,7 @@ _FORMS: tuple[tuple[str, Direction], ...] = (
     (r"^([a-z][a-z0-9_]*)_to_image$", "map_to_image"),
     (r"^image_to_([a-z][a-z0-9_]*)$", "image_to_map"),
 )
-_NEARNESS = 0.8  # the least likeness of two conditions' names at which one is taken for a mistyped other
+_NEARNESS = 0.8  # the similarity of two conditions' names from which one is taken for a mistyped other
 
 
 def find_vision_task(name: str) -> VisionTask:

@@ -1,8 +1,8 @@
-"""A user's mistake in a run's log: its sentence, and no traceback; with Prefect's logging level DEBUG both."""
+"""A user's mistake in a run's log: one sentence and no traceback; both with Prefect's logging level DEBUG."""
 
 import logging
 
-# Those alone that nothing but the user can change. A lost connection is none: `StoreError` and `ConnectionError` are retried.
+# Only errors that the user alone can fix. A lost connection is not one: `StoreError` and `ConnectionError` are retried.
 USER_MISTAKES = (
     ValueError, ImportError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError
 )  # fmt: skip
@@ -10,7 +10,7 @@ _LOGGERS = ("prefect.flow_runs", "prefect.task_runs", "prefect.engine")
 
 
 class PlainErrors(logging.Filter):
-    """Takes the traceback of a user's mistake out of a record: every flow that it passes through would print it again."""
+    """Removes the traceback of a user's mistake from a record: every flow that it passes through would print it again."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return True: the record itself stays."""
@@ -22,7 +22,7 @@ class PlainErrors(logging.Filter):
 
 
 def install() -> None:
-    """Filter the loggers through which Prefect tells of failures; again is as once."""
+    """Filter the loggers through which Prefect reports failures; idempotent."""
     for name in _LOGGERS:
         logger = logging.getLogger(name)
         if not any(isinstance(known, PlainErrors) for known in logger.filters):

@@ -54,7 +54,7 @@ def log_progress(what: str, items_per_row: int = 1, unit: str = "rows") -> Repor
 
 
 def log_pretraining() -> Report:
-    """Return a listener to the pre-training of a base, which has two trainings."""
+    """Return a listener for the pre-training of a base, which has two trainings."""
     listeners = {phase: log_training(phase) for phase in ("vae", "unet")}
 
     def report(progress: Progress) -> None:
@@ -67,11 +67,11 @@ def log_pretraining() -> Report:
 def show_progress() -> Callable[[float, str], None]:
     """Return a function that sets percentage and description of a bar on Prefect's page, for the current task run.
 
-    Work that is done at the first call gets no bar. A server that is away for a moment costs the bar an update, and the work
-    nothing.
+    Work that is done at the first call gets no bar. If the server is briefly unavailable, the bar misses an update and the
+    work goes on.
     """
     logger = get_run_logger()
-    artifact: Any = None
+    artifact: Any = None  # an id, which Prefect types as one or a coroutine
 
     def show(percent: float, description: str) -> None:
         nonlocal artifact

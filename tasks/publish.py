@@ -1,4 +1,4 @@
-"""What Prefect's page shows of finished stages, and where a base is installed: tasks that make nothing in the store."""
+"""Tasks that make nothing in the store: publishing finished stages on Prefect's page, and installing a base."""
 
 import base64
 
@@ -16,7 +16,7 @@ from prompt_diffusion.store.storage import join_uri, local_path
 
 @task(name="publish maps", persist_result=False)
 def publish_maps(dataset: Dataset) -> None:
-    """Show images beside their maps in Prefect's page (its image artifacts hold addresses only: the picture is inlined)."""
+    """Show images beside their maps on Prefect's page (its image artifacts hold addresses only: the picture is inlined)."""
     picture = base64.b64encode(render_maps_sheet(dataset.pairs, dataset.maps)).decode()
     rows = "\n".join(f"| {name} | {ref.rows} | `{ref.uri}` |" for name, ref in dataset.maps.items())
     text = (
@@ -27,7 +27,7 @@ def publish_maps(dataset: Dataset) -> None:
 
 @task(name="publish table", persist_result=False)
 def publish_table(benchmark: ManifestRef) -> None:
-    """Show the table and a link to the report in Prefect's page (image artifacts would hold addresses only)."""
+    """Show the table and a link to the report on Prefect's page (image artifacts would hold addresses only)."""
     table = read_table(benchmark.uri)
     create_markdown_artifact(render_markdown(table), key="benchmark-table", description="The paper's table, made here.")
     create_table_artifact([cell.model_dump() for cell in table.cells], key="benchmark-cells")

@@ -32,10 +32,10 @@ def register(
     name: str | None = None,
     alias: str | None = CHALLENGER,
 ) -> RegisteredModel | None:
-    """Make a trained model a version of the registered model, and give it the alias; the same model is one version.
+    """Make a trained model a version of the registered model, with the alias; registering it again makes no new version.
 
-    With `cells`, what was measured, nothing is made and no alias moves: the numbers go to the versions that are there, if any.
-    `name` stands for another registered model than the settings'; without an `alias` none moves, as after a smoke run.
+    With `cells` (measurements) no version is made and no alias moves: the numbers go to existing versions, if any.
+    `name` replaces the settings' registered model; without an `alias` none moves, as after a smoke run.
     """
     logger = get_run_logger()
     results = [result for result in map(read_cell, cells) if result.method == "Prompt Diffusion"]
@@ -54,5 +54,5 @@ def register(
 
 
 def choose_alias(preset: str) -> str | None:
-    """Return the alias that a training's version gets: none after a smoke run, whose model is of no use to anybody."""
+    """Return the alias that a training's version gets: none after a smoke run, whose model is useless."""
     return None if preset == "smoke" else CHALLENGER

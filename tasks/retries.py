@@ -1,4 +1,4 @@
-"""When Prefect tries a task again."""
+"""When Prefect retries a task."""
 
 from prefect import Task
 from prefect.client.schemas.objects import State, TaskRun
@@ -11,8 +11,8 @@ from tasks.train import is_stopping
 def is_transient(made: "Task[..., object]", run: TaskRun, state: State[object]) -> bool:
     """Say whether a retry can help.
 
-    It cannot with a user's mistake or damaged data, which stay so; nor where a training had its time, or
-    the run was asked to stop.
+    It cannot help with a user's mistake or damaged data, nor after a training's time limit, nor when the run was asked
+    to stop.
     """
     error = state.result(raise_on_failure=False)
     return not isinstance(error, (*USER_MISTAKES, TimeLimitError)) and not is_stopping()

@@ -1,4 +1,4 @@
-"""Every stage as a Prefect task: one body, and a table of how long and how often each kind is tried."""
+"""Every stage as a Prefect task: one body, and a table of names and time limits for each kind."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -39,13 +39,13 @@ class Plan:
     """How Prefect runs a kind of stage."""
 
     name: str
-    """The task's name in Prefect's page; its runs are called by their stage's title."""
+    """The task's name on Prefect's page; its runs have their stage's title."""
     timeout_seconds: float | None = DAY_SECONDS
-    """Time that one try may take. None sets no limit: Prefect can end no task that waits in a thread, as trainings do."""
+    """Time limit of one try; None for none: Prefect cannot end a task that waits in a thread, as trainings do."""
     items_per_row: int = 1
-    """What progress counts: images of a row, for annotations."""
+    """Items that progress counts per row, for example two images for annotations."""
     unit: str = "rows"
-    """What those are called."""
+    """What the items are called."""
 
 
 PLANS: dict[type, Plan] = {
@@ -72,10 +72,10 @@ PLANS: dict[type, Plan] = {
     retry_condition_fn=is_transient,
 )
 def make(stage: Stage[R], context: Context[R]) -> ManifestRef:
-    """Return the stage's sealed output, made here where it is not sealed."""
+    """Return the stage's sealed output; make it here if it is not sealed."""
     made = obtain(stage, context, follow)
     if isinstance(stage, Train):
-        finish_run(load_settings(), made)  # where it was sealed by a process that was killed before it came to that
+        finish_run(load_settings(), made)  # in case the process that sealed it was killed before doing so
     return made
 
 
@@ -113,7 +113,7 @@ def plan_part(stage: ShardedStage[D], indices: Sequence[int]) -> "Task[..., list
 
 
 def follow(stage: Stage[R], context: Context[R]) -> AbstractContextManager[Report]:
-    """Surround a stage's work with what hears of it: the run's log, Prefect's page and, of a training, MLflow."""
+    """Report a stage's progress to the run's log, Prefect's page and, for a training, MLflow."""
     if isinstance(stage, Train):
         return follow_training(stage, context)
     if isinstance(stage, Pretrain):
@@ -133,7 +133,7 @@ _taken: set[str] = set()
 
 @contextmanager
 def borrow_device(devices: tuple[str, ...]) -> Iterator[str]:
-    """Give one of the devices that is free in this process, and wait for one where none is."""
+    """Yield a device that is free in this process, waiting until there is one."""
     with _free:
         _free.wait_for(lambda: not _taken.issuperset(devices))
         device = next(device for device in devices if device not in _taken)

@@ -1,4 +1,4 @@
-"""What surrounds a training that Prefect runs: its slots, its MLflow run, its lines in the log, and the wish to stop."""
+"""What surrounds a training that Prefect runs: GPU slots, the MLflow run, log lines and stop requests."""
 
 import threading
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ from tasks.slots import occupy_gpus
 
 R = TypeVar("R")
 
-# Signals reach the main thread alone: through this the trainings that other threads wait for hear of them.
+# Signals reach only the main thread; this passes them on to trainings that other threads wait for.
 _STOP_REQUESTED = threading.Event()
 
 
 @contextmanager
 def follow_training(stage: Train, context: Context[R]) -> Iterator[Report]:
-    """Give what hears of a training, and hold its GPUs; the MLflow run ends with the block."""
+    """Yield the listener for a training's events, and hold its GPUs; the MLflow run ends with the block."""
     resources = context.resources
     assert isinstance(resources, TrainResources)
     log_event = log_training(stage.title)
@@ -54,7 +54,7 @@ def is_stopping() -> bool:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[None]:
-    """Leave no training running behind a block that an interrupt ends: each saves a checkpoint and stops."""
+    """Make every training save a checkpoint and stop if an exception, such as an interrupt, ends the block."""
     _STOP_REQUESTED.clear()
     try:
         yield

@@ -1,6 +1,6 @@
 """The stage "annotate": condition maps of both images of every pair, one sealed manifest per annotator.
 
-Its shards are aligned with the image pairs': shard by shard and row by row the same `sample_id`. The published
+Its shards are aligned with the image pairs': shard by shard and row by row the same ``sample_id``. The published
 annotation makes maps of the input images only, and training then opens those of the edited ones; here both exist.
 """
 
@@ -29,14 +29,14 @@ VERSION = 2
 class Annotate(ShardedStage[AnnotateResources]):
     """The stage: one annotator's maps of some image pairs.
 
-    ValueError before any work where the weights cannot be had, the pairs have no exact maps, or the source is no longer
+    ValueError before any work where the weights cannot be obtained, the pairs have no exact maps, or the source is no longer
     what was ingested.
     """
 
     config: AnnotateConfig
     pairs: ManifestRef
     ingest: IngestConfig | None = None
-    """Where the pairs came from: needed at resolution `native`, where the source's own files are read; no part of the
+    """Where the pairs came from: needed at resolution ``native``, where the source's own files are read; no part of the
     identity, since the pairs are."""
 
     @cached_property
@@ -46,7 +46,7 @@ class Annotate(ShardedStage[AnnotateResources]):
 
     @property
     def title(self) -> str:
-        """What people call it."""
+        """The name shown to people."""
         return f"annotate {self.config.condition} with {self.config.annotator}"
 
     def identify(self) -> StageIdentity:
@@ -71,12 +71,12 @@ class Annotate(ShardedStage[AnnotateResources]):
         return len(self.manifest.shards)
 
     def count_at_once(self, context: Context[AnnotateResources]) -> int:
-        """Return what the resources say: the device works on while one shard is written and the next is read."""
+        """Return the number in the resources: the device keeps working while one shard is written and the next is read."""
         return context.resources.shards_at_once
 
     @contextmanager
     def open_maker(self, context: Context[AnnotateResources]) -> Iterator[MakeShard]:
-        """Give what annotates a shard, its network loaded."""
+        """Yield the function that annotates a shard, with its network loaded."""
         if self.config.resolution == "native":
             check_source(self.manifest, self.ingest)
         logger.info("annotating %d pairs with %s (%s)", self.pairs.rows, self.config.annotator, self.config.condition)
@@ -85,7 +85,7 @@ class Annotate(ShardedStage[AnnotateResources]):
 
 
 def check_source(pairs: Manifest, ingest: IngestConfig | None) -> None:
-    """Raise ValueError where the source that lies there now is not the one that the pairs were made from."""
+    """Raise ValueError where the source found there now is not the one that the pairs were made from."""
     digest = build_native_source(require_ingest(ingest)).digest()
     ingested = pairs.identity.digests["source"]
     if digest != ingested:

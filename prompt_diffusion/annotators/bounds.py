@@ -1,6 +1,6 @@
-"""How large an image an annotator sees: what is larger is shrunk before, and its map enlarged again.
+"""How large an image an annotator sees: a larger one is shrunk first, and its map enlarged again.
 
-A network's memory grows with the pixels (HED's by 0.6 kB a pixel), and a file of eight kilobytes may hold 64 megapixels.
+A network's memory grows with the pixels (HED's by 0.6 kB per pixel), and a file of eight kilobytes may hold 64 megapixels.
 """
 
 import logging
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def fit_shape(height: int, width: int, max_pixels: int) -> tuple[int, int]:
-    """Return the largest height and width of that aspect within so many pixels; the same where it fits already."""
+    """Return the largest height and width of the same aspect within that many pixels; unchanged where it fits already."""
     if height * width <= max_pixels:
         return height, width
     scale = (max_pixels / (height * width)) ** 0.5
@@ -24,7 +24,7 @@ def fit_shape(height: int, width: int, max_pixels: int) -> tuple[int, int]:
 
 
 def say_limit(name: str, height: int, width: int, max_pixels: int) -> str | None:
-    """Return the sentence for whoever gave an image that is larger than an annotator sees; None for any other."""
+    """Return the warning for an image that is larger than an annotator sees; None for any other."""
     shown = fit_shape(height, width, max_pixels)
     if shown == (height, width):
         return None
@@ -59,7 +59,7 @@ class BoundedAnnotator:
         return self.annotator.weights_digest
 
     def annotate(self, images: ImageBatch) -> ImageBatch:
-        """Return the maps, of the images' own size; a warning says where they were made of smaller ones."""
+        """Return the maps, at the images' own size; a warning says if they were made from smaller ones."""
         if images.ndim != 4 or images.shape[1] * images.shape[2] <= self.max_pixels:
             return self.annotator.annotate(images)
         self.warn(images.shape[1], images.shape[2])
@@ -67,7 +67,7 @@ class BoundedAnnotator:
         return np.stack([self.enlarge(map_, images.shape[1], images.shape[2]) for map_ in maps])
 
     def warn(self, height: int, width: int) -> None:
-        """Log that an image of that size is larger than what is seen, where it is."""
+        """Log a warning if an image of that size is larger than what the annotator sees."""
         sentence = say_limit(self.name, height, width, self.max_pixels)
         if sentence is not None:
             _warn_once(sentence)
@@ -78,7 +78,7 @@ class BoundedAnnotator:
         return _resize(image, height, width, Image.Resampling.LANCZOS)
 
     def enlarge(self, map_: ImageBatch, height: int, width: int) -> ImageBatch:
-        """Return a map of a shrunk image at the image's own size: bilinearly, or where it has classes, the nearest."""
+        """Return a map of a shrunk image at the image's own size: bilinear, or nearest where it has classes."""
         way = Image.Resampling.NEAREST if self.has_classes else Image.Resampling.BILINEAR
         return _resize(map_, height, width, way)
 

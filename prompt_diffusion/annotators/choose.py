@@ -11,9 +11,9 @@ from prompt_diffusion.store.storage import exists, join_uri
 
 
 def choose_annotator(name: str, resources: AnnotateResources) -> AnnotatorSpec:
-    """Return the annotator of that name, or of the condition of that name the first that can run here.
+    """Return the annotator of that name or, for a condition's name, the first of its annotators that can run here.
 
-    Where no annotator of the condition has its weights here, it is the first of the table: building it says how to get them.
+    Where none of them has its weights here, it is the first in the table: building it says how to get them.
     ValueError for a name that is neither.
     """
     if name in ANNOTATORS:

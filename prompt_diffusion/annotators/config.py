@@ -20,7 +20,7 @@ class AnnotateConfig(FrozenModel):
     annotator: str = EXACT
     """A name in the table of annotators, or ``exact``: the maps that the pairs bring with them."""
     resolution: Literal["training", "native"] = "training"
-    """What an annotator sees: the pairs as ingested, or the source's own pixels, as published, its map resized once."""
+    """What an annotator sees: the pairs as ingested, or the source's own pixels, as published, with the map resized once."""
     weights_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     """The sha256 of other weights for the same network; None demands the published ones."""
 

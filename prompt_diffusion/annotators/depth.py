@@ -25,7 +25,7 @@ def build_midas_depth(arrays: Arrays, name: str, device: str) -> Infer:
 
 
 def build_midas_normals(arrays: Arrays, name: str, device: str) -> Infer:
-    """Return normals as colours, x, y, z as R, G, B: the published order, which controlnet-aux turns round."""
+    """Return normals as colours, x, y, z as R, G, B: the published order, which controlnet-aux reverses."""
     from prompt_diffusion.annotators.relief import compute_normals
 
     predict = build_midas(arrays, name, device)
@@ -85,7 +85,7 @@ def build_depth_anything(arrays: Arrays, name: str, device: str) -> Infer:
 
 
 def wrap_depth_anything(network: Callable[..., object], size: int) -> Infer:
-    """Put transformers' pre- and post-processing around a network: about ``size`` pixels a side, bicubic in and out."""
+    """Put transformers' pre- and post-processing around a network: about ``size`` pixels per side, bicubic in and out."""
     import torch
     from transformers import DPTImageProcessor
     from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD

@@ -1,7 +1,7 @@
 """How good a depth annotator is, up to the scale and shift that it cannot know (Ranftl et al., arXiv 1907.01341).
 
-The truth is the disparity of scikit-image's stereo pair ``motorcycle`` (Middlebury 2014), the one true depth that ships with a
-package of ours.
+The truth is the disparity of scikit-image's stereo pair ``motorcycle`` (Middlebury 2014), the one true depth that ships with
+one of our dependencies.
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ def align_scale_and_shift(prediction: Disparity, truth: Disparity, is_known: Mas
 
 
 def compute_depth_errors(prediction: Disparity, truth: Disparity) -> DepthErrors:
-    """Return the errors of a prediction H,W against true disparities H,W, of which those that are not finite are unknown.
+    """Return the errors of a prediction H,W against true disparities H,W, where values that are not finite are unknown.
 
     ValueError where nothing is known, or the truth is constant.
     """
@@ -82,7 +82,7 @@ def measure_motorcycle(annotator: Annotator) -> DepthErrors:
 
 
 def render_motorcycle(annotator: Annotator) -> ImageBatch:
-    """Return photograph, map and truth side by side: H,3W,3; what is not known of the truth is black."""
+    """Return photograph, map and truth side by side: H,3W,3; unknown truth is black."""
     image, truth = load_motorcycle()
     stretched = (truth - np.nanmin(truth)) / (np.nanmax(truth) - np.nanmin(truth))
     levels = np.nan_to_num(stretched * 255.0, nan=0.0).astype(np.uint8)

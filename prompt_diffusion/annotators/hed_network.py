@@ -1,4 +1,4 @@
-"""The holistically-nested edge network: a VGG-16 trunk, one side output a block, all upsampled and fused.
+"""The holistically-nested edge network: a VGG-16 trunk, one side output per block, all upsampled and fused.
 
 Xie and Tu, Holistically-Nested Edge Detection, ICCV 2015 (arXiv 1504.06375). Three trainings of it are in use, and they
 differ in what surrounds the trunk; ``HedVariant`` names the differences, ``convert_arrays`` the parameters' names.
@@ -26,7 +26,7 @@ class HedVariant:
 
     is_bgr: bool
     mean: tuple[float, float, float] | None
-    """What is subtracted from the channels, in their order, in grey levels; None: the weights bring it (``mean``)."""
+    """Subtracted from the channels, in their order, in grey levels; None where the weights hold it (``mean``)."""
     fuse: Literal["learned", "mean"]
     """The logits' fusion: a learned 1 x 1 convolution, or their plain mean."""
     ceil_pool: bool

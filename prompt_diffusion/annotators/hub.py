@@ -7,14 +7,14 @@ from urllib.request import getproxies
 
 
 def is_cached(repository: str, path: str, revision: str) -> bool:
-    """Say whether the hub's own cache holds a file; asks nobody."""
+    """Say whether the hub's own cache holds a file, without a request."""
     from huggingface_hub import try_to_load_from_cache
 
     return isinstance(try_to_load_from_cache(repository, path, revision=revision), str)
 
 
 def download_file(repository: str, path: str, revision: str) -> Path:
-    """Return a file of a pinned revision, from the hub's own cache or the hub; OSError where it cannot be had."""
+    """Return a file of a pinned revision, from the hub's own cache or the hub; OSError where it cannot be obtained."""
     from huggingface_hub import constants, hf_hub_download
 
     # Without a network the hub's client would try six times in half a minute; behind a proxy, the proxy looks names up.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def build_lineart(arrays: Arrays, name: str, device: str) -> Infer:
     """Return line drawings at the images' own resolution.
 
-    Sides that are no multiple of 4, or below the 8 pixels that the network needs, are completed by repeating their edge.
+    Sides that are not a multiple of 4, or below the 8 pixels that the network needs, are padded by repeating the edge.
     """
     from torch.nn.functional import pad
 

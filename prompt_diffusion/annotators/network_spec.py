@@ -36,7 +36,7 @@ class NetworkAnnotator:
     infer: Infer
     device: str
     max_pixels: int = MOST_PIXELS
-    """Of one image; a GPU is given as many at once as four of that size."""
+    """Of one image; a GPU gets batches of up to four times as many."""
 
     def annotate(self, images: ImageBatch) -> ImageBatch:
         """Return the maps, at the images' own resolution."""

@@ -46,7 +46,7 @@ def load_transformer(model_class: Any, config: Any, arrays: Arrays, name: str) -
     finally:
         their_logging.set_verbosity(verbosity)
         their_logging.enable_progress_bar()
-    # Of no use in inference, and not in every file: how many batches a normalisation has seen, and the loss's own.
+    # Unused in inference, and not in every file: how many batches a normalisation has seen, and the loss's parameters.
     needed = (key for key in report["missing_keys"] if not key.endswith("num_batches_tracked"))
     missing = sorted(key for key in needed if not key.startswith("criterion."))
     for key in missing:
@@ -83,7 +83,7 @@ def to_device(images: ImageBatch, device: str) -> Tensor:
 
 
 def to_maps(levels: Tensor) -> ImageBatch:
-    """Return grey levels N,H,W or colours N,H,W,3, from 0 to 255, as uint8 N,H,W,3: cut off, as numpy's cast does."""
+    """Return grey levels N,H,W or colours N,H,W,3, from 0 to 255, as uint8 N,H,W,3: truncated, as by numpy's cast."""
     pixels = levels.clamp(0, 255).to(torch.uint8)
     pixels = pixels.unsqueeze(-1).expand(-1, -1, -1, 3) if pixels.ndim == 3 else pixels
     maps: ImageBatch = pixels.contiguous().cpu().numpy()

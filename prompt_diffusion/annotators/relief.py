@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from prompt_diffusion.annotators.networks import import_quietly
 
 NORMAL_Z = 2.0 * math.pi
-"""How flat normals are: the third component before they are made of unit length (published as ``a``)."""
+"""How flat normals are: the third component before scaling to unit length (published as ``a``)."""
 BACKGROUND_THRESHOLD = 0.1
 """Share of the range of inverse depth below which a pixel is background and faces the viewer (published as ``bg_th``)."""
 
@@ -43,7 +43,7 @@ def stretch_range(values: Tensor) -> Tensor:
 
 
 def compute_normals(depth: Tensor) -> Tensor:
-    """Return unit normals N,H,W,3 (x, y, z) of inverse depth N,H,W: Sobel slopes, none in the background.
+    """Return unit normals N,H,W,3 (x, y, z) of inverse depth N,H,W: Sobel slopes, zero in the background.
 
     Source: annotator/midas of the Prompt Diffusion repository (8ecd2d1), which uses cv2.Sobel of size 3.
     """

@@ -1,6 +1,6 @@
 """Semantic segmentation in the colours of ADE20K's 150 classes; this module stays light, torch comes with the build.
 
-The published maps were made by UniFormer, which no maintained package has; UperNet, its decoder, stands on ConvNeXt here.
+The published maps were made by UniFormer, which no maintained package has; UperNet, its decoder, uses ConvNeXt here.
 Source of the pre- and post-processing: transformers' image processors, which batch on the device. UperNet's file is pinned
 by the hub's commit: its sha256 could not be confirmed when it was added.
 """

@@ -17,7 +17,7 @@ from prompt_diffusion.store.sharded import MakeShard, ShardRows
 from prompt_diffusion.store.storage import join_uri
 
 MIRROR = "weights"
-"""The store's folder of weights, which `prompt-diffusion weights mirror` fills."""
+"""The store's folder of weights, which ``prompt-diffusion weights mirror`` fills."""
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def open_shard_maker(
     resources: AnnotateResources,
     ingest: IngestConfig | None,
 ) -> Iterator[MakeShard]:
-    """Give the function that makes a shard, for the time of the block."""
+    """Yield the function that makes a shard."""
     if config.annotator == EXACT:
         yield _copying(manifest, config.condition)
         return
@@ -85,7 +85,7 @@ def _reading_source(manifest: Manifest, ingest: IngestConfig) -> ReadFiles:
 
         def list_files() -> Iterator[bytes]:
             for item in source.read([keys[sample_id] for sample_id in sample_ids]):
-                if not isinstance(item, ImagePair):  # ingestion took it: dropping it here would break alignment
+                if not isinstance(item, ImagePair):  # ingestion accepted it: dropping it here would break alignment
                     raise ValueError(f"{item.sample_id} was ingested and cannot be read any more: {item.reason}")
                 yield item.input_image
                 yield item.edited_image
@@ -122,7 +122,7 @@ def _no_exact_map(manifest: Manifest, condition: str, sample_id: str, present: l
 
 
 def require_ingest(ingest: IngestConfig | None) -> IngestConfig:
-    """Return where the pairs came from; ValueError where nobody said so."""
+    """Return where the pairs came from; ValueError where the stage does not say."""
     if ingest is None:
         raise ValueError("resolution 'native' annotates the source's own images: say where they are (ingest)")
     return ingest

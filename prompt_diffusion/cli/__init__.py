@@ -59,14 +59,14 @@ def demo(
     overrides: OverridesOption = None,
     store: StoreOption = None,
 ) -> None:
-    """Run everything, dataset to table: ingest, annotate, train, baselines, register, benchmark; what is done stays.
+    """Run everything, dataset to table: ingest, annotate, train, baselines, register, benchmark; finished stages are kept.
 
     Example: prompt-diffusion demo --set train.num_steps=900
     """
     with need_flows():
         from flows.embedded import reproduce_here
 
-    # a thread that waits sleeps instead of spinning: on a machine that does other things too, spinning costs far more
+    # waiting threads sleep instead of spinning, which costs far more on a shared machine
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     ref = reproduce_here(preset, parse_overrides(overrides or []), store, Path("outputs/prefect"))
     from prompt_diffusion.evaluation.table import read_table
@@ -106,7 +106,7 @@ def show_table(table: "BenchmarkTable", as_json: bool) -> None:
     for measure in sorted({describe_measure(cell) for cell in table.cells}):
         console.print(f"Measured here: {measure}.")
     console.print(
-        "The paper's: FID (Inception) and RMSE on InstructPix2Pix at 256 px; its FID compares with no other distance.\n"
+        "The paper's: FID (Inception) and RMSE on InstructPix2Pix at 256 px; its FID is comparable to no other distance.\n"
     )
     console.print(outcomes)
 

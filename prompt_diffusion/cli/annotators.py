@@ -34,17 +34,17 @@ def annotate(
     ],
     out: Annotated[Path, typer.Option(help="The PNG file to write.")],
     size: Annotated[
-        int | None, typer.Option(min=8, max=4096, help="Cut the centre square and resize it to this before.")
+        int | None, typer.Option(min=8, max=4096, help="First cut the centre square and resize it to this.")
     ] = None,
     place: FromOption = None,
     store: StoreOption = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda; auto takes a GPU where there is one.")] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda; auto uses a GPU if there is one.")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make the condition map of a photograph.
 
-    A condition's name takes its first annotator whose weights are on this machine, and says which.
+    A condition's name selects its first annotator whose weights are on this machine; the output says which.
 
     Example: prompt-diffusion annotate photo.png --with hed --out edges.png
     """
@@ -86,7 +86,7 @@ def mirror(
     store: StoreOption = None,
     place: FromOption = None,
 ) -> None:
-    """Copy weights into the store, checked, for machines that reach no hub.
+    """Copy weights into the store, checked, for machines that cannot reach the hub.
 
     Example: prompt-diffusion weights mirror depth_midas seg_upernet --store s3://bucket/store
     """
@@ -110,15 +110,13 @@ def mirror(
 @weights_app.command("mirror-base")
 @say_errors
 def mirror_base_command(
-    repository: Annotated[
-        str, typer.Argument(help="A hub's repository, NAME or NAME@REVISION: a base or a ControlNet.")
-    ],
+    repository: Annotated[str, typer.Argument(help="A hub repository, NAME or NAME@REVISION: a base or a ControlNet.")],
     store: StoreOption = None,
     place: Annotated[
-        Path | None, typer.Option("--from", help="A folder that holds it, fetched elsewhere; default: the hub.")
+        Path | None, typer.Option("--from", help="A folder with a copy fetched elsewhere; default: the hub.")
     ] = None,
 ) -> None:
-    """Copy a base into the store, where trainings find it under the same name on machines that reach no hub.
+    """Copy a base into the store, where trainings find it under the same name on machines that cannot reach the hub.
 
     Example: prompt-diffusion weights mirror-base stable-diffusion-v1-5/stable-diffusion-v1-5 --store s3://bucket/store
     """

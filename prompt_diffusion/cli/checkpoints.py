@@ -29,12 +29,12 @@ def import_checkpoint(
         str,
         typer.Argument(
             help="A .ckpt or .safetensors file in the original layout (the released weights, or SD v1.5's own as a base), or a "
-            "folder or hub's repository of diffusers' port of Prompt Diffusion."
+            "folder or hub repository of the diffusers port of Prompt Diffusion."
         ),
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder to write; default: here, named as the file. With --register alone none is kept."),
+        typer.Option(help="Folder to write; default: here, named like the file. With only --register none is kept."),
     ] = None,
     register: Annotated[
         str | None, typer.Option(metavar="NAME", help="Also make it a version of this registered model.")
@@ -44,24 +44,24 @@ def import_checkpoint(
         typer.Option(
             metavar="FOLDER|REPOSITORY",
             help="The text encoder's tokenizer, which no checkpoint holds; default: SD v1.5's from the store's mirror, else "
-            "openai/clip-vit-large-patch14 from the hub; of a folder, its own.",
+            "openai/clip-vit-large-patch14 from the hub; for a folder, its own.",
         ),
     ] = None,
     image_size: Annotated[
         int | None,
-        typer.Option(min=8, help="Pixels a side to work at; default: 256, for a base 512, of a folder its own."),
+        typer.Option(min=8, help="Pixels per side to work at; default: 256, for a base 512, for a folder its own."),
     ] = None,
     heads: Annotated[int, typer.Option(min=1, help="Attention heads of the UNet, which no checkpoint states.")] = 8,
     text_heads: Annotated[
-        int | None, typer.Option(min=1, help="Attention heads of the text encoder; default: one for 64 channels.")
+        int | None, typer.Option(min=1, help="Attention heads of the text encoder; default: one per 64 channels.")
     ] = None,
     averages: Annotated[
-        bool, typer.Option("--averages", help="Take the UNet's moving averages, where a base's file holds both.")
+        bool, typer.Option("--averages", help="Take the UNet's moving averages, if a base's file holds both.")
     ] = False,
     as_json: JsonOption = False,
     store: StoreOption = None,
 ) -> None:
-    """Turn released weights into a model that is used from here: checked, every tensor accounted for, nothing executed.
+    """Turn released weights into a model that all commands can use: every tensor accounted for, nothing executed.
 
     Example: prompt-diffusion import-checkpoint network-step=04999.ckpt --register released
     """
@@ -98,7 +98,7 @@ def import_checkpoint(
 
 @contextmanager
 def _scratch(parent: Path | None) -> Iterator[Path | None]:
-    """Give a place for a folder that is registered and not kept; None where it is kept."""
+    """Yield a path for a folder that is registered and not kept; None if it is kept."""
     if parent is None:
         yield None
         return
@@ -140,7 +140,7 @@ def export_checkpoint(
 
 
 def _find_source(source: str, store_root: str, settings: "Settings") -> Path:
-    """Return the local file or folder of what is imported: a hub's repository is fetched, or found in the mirror."""
+    """Return the local file or folder to import: a hub repository is fetched, or found in the mirror."""
     from prompt_diffusion.model.mirror import find_model
     from prompt_diffusion.model.references import base_folder
 
@@ -160,7 +160,7 @@ def _register(folder: Path, report: "ImportReport", name: str, settings: "Settin
 
 
 def _describe(result: dict[str, Any]) -> str:
-    """Say for a terminal what was imported, and how it is used."""
+    """Return what was imported, and how to use it, as text for a terminal."""
     what = "Prompt Diffusion" if result["kind"] == "prompt_diffusion" else "a base"
     lines = [f"{result['source']}: {what}, {result['image_size']} pixels a side, sha256 {result['sha256']}"]
     for part, counts in result["parts"].items():

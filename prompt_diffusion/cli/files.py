@@ -7,7 +7,7 @@ from prompt_diffusion.store.local_files import temporary_file
 
 
 def read_picture_file(path: Path) -> bytes:
-    """Return the bytes of an image file; ValueError names the file that is not there or cannot be decoded."""
+    """Return the bytes of an image file; ValueError names a file that is missing or cannot be decoded."""
     from prompt_diffusion.data.transforms import decode_image, read_image_file
 
     data = read_image_file(path)
@@ -19,7 +19,7 @@ def read_picture_file(path: Path) -> bytes:
 
 
 def check_out(path: Path, is_forced: bool) -> None:
-    """Raise ValueError, before any work, where a PNG cannot be written to ``path``, or would replace a file unasked."""
+    """Raise ValueError, before any work, if ``path`` cannot be written, or a file would be replaced without ``--force``."""
     if path.suffix.lower() != ".png":
         raise ValueError(f"--out {path} must end in .png: results are PNG files, which keep every pixel")
     if path.is_dir():

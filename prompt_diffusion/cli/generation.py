@@ -18,26 +18,26 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "models:/prompt-diffusion@challenger"
 
 ModelOption = Annotated[
-    str, typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION, a folder, or a hub's repository.")
+    str, typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION, a folder, or a hub repository.")
 ]
 OutOption = Annotated[Path, typer.Option(help="The PNG file to write; it carries its settings.")]
-NegativeOption = Annotated[str, typer.Option("--negative-prompt", help="Text to lead away from.")]
+NegativeOption = Annotated[str, typer.Option("--negative-prompt", help="Text to steer away from.")]
 SeedOption = Annotated[int, typer.Option(help="Seed: the same seed gives the same image.")]
 StepsOption = Annotated[int | None, typer.Option(help="Denoising steps; default: the model's own.")]
-GuidanceOption = Annotated[float | None, typer.Option(help="Guidance weight, 1 is none; default: the model's own.")]
+GuidanceOption = Annotated[float | None, typer.Option(help="Guidance weight, 1 means none; default: the model's own.")]
 StrengthOption = Annotated[float, typer.Option(help="Weight of example pairs and query, 1 as trained.")]
 SchedulerOption = Annotated[
-    str | None, typer.Option(metavar="ddim|dpm|unipc", help="What takes the steps; default: the model's own.")
+    str | None, typer.Option(metavar="ddim|dpm|unipc", help="The scheduler; default: the model's own.")
 ]
-SizeOption = Annotated[int | None, typer.Option(help="Pixels a side; default: as the model was trained.")]
+SizeOption = Annotated[int | None, typer.Option(help="Pixels per side; default: as the model was trained.")]
 CountOption = Annotated[
     int,
     typer.Option(
-        "--num-images", min=1, max=64, metavar="<int>", help="How many, of seeds SEED, SEED + 1, ...: out-SEED.png."
+        "--num-images", min=1, max=64, metavar="<int>", help="How many, with seeds SEED, SEED + 1, ...: out-SEED.png."
     ),
 ]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU where there is one.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace a file that is there.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto uses a GPU if there is one.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
 
 _FIELDS = (
     "model",
@@ -49,7 +49,7 @@ _FIELDS = (
     "scheduler",
     "size",
 )
-"""What of a request both commands set, in the order of their options."""
+"""The fields of a request that both commands set, in the order of their options."""
 
 
 class ExampleFiles(NamedTuple):
@@ -60,7 +60,7 @@ class ExampleFiles(NamedTuple):
 
 
 class PairsCommand(TyperCommand):
-    """A command whose --example takes two values each time: Typer refuses lists of tuples, its option parser knows them."""
+    """A command whose --example takes two values each time: Typer refuses lists of tuples, but its parser reads them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - Typer's own
         super().__init__(*args, **kwargs)
@@ -71,13 +71,13 @@ class PairsCommand(TyperCommand):
 
 @say_errors
 def generate(
-    query: Annotated[Path, typer.Option(help="The image to do the same to.")],
+    query: Annotated[Path, typer.Option(help="The image to apply the example to.")],
     out: OutOption,
     example: Annotated[
         list[ExampleFiles] | None,
-        typer.Option(metavar="SOURCE TARGET", help="An example pair; several are averaged; none: the text alone."),
+        typer.Option(metavar="SOURCE TARGET", help="An example pair; several are averaged; none: text only."),
     ] = None,
-    prompt: Annotated[str, typer.Option(help="Text; empty lets the example pairs decide alone.")] = "",
+    prompt: Annotated[str, typer.Option(help="Text; if empty, the example pairs alone decide.")] = "",
     model: ModelOption = DEFAULT_MODEL,
     negative_prompt: NegativeOption = "",
     seed: SeedOption = 0,
@@ -106,7 +106,7 @@ def edit(
     out: OutOption,
     prompt: Annotated[str, typer.Option(help="What the new image shows.")] = "",
     condition: Annotated[
-        str, typer.Option(help="What is kept of the image: its depth, hed or seg map, made by the model itself.")
+        str, typer.Option(help="What to keep of the image: its depth, hed or seg map, made by the model itself.")
     ] = "depth",
     example: Annotated[
         tuple[Path, Path] | None, typer.Option(metavar="PHOTO MAP", help="A photograph and its map of that condition.")
@@ -186,7 +186,7 @@ def _make(
     as_json: bool,
     map_out: Path | None = None,
 ) -> None:
-    """Check everything, load the model, and write one image a request."""
+    """Check everything, load the model, and write one image per request."""
     from prompt_diffusion.generation import build_request, encode_result
 
     requests = [build_request(each) for each in fields]
@@ -221,7 +221,7 @@ def _make(
 def _run(
     requests: Sequence["GenerationRequest"], query: bytes, examples: list[tuple[bytes, bytes]], device: str
 ) -> Iterator["Generation"]:
-    """Load the model once, and give one result a request."""
+    """Load the model once, and yield one result per request."""
     from prompt_diffusion.generation import open_model, run_request
     from prompt_diffusion.settings import load_settings
 

@@ -15,9 +15,9 @@ from prompt_diffusion.cli.shared import JsonOption, say_errors
 if TYPE_CHECKING:
     from prompt_diffusion.registry import ModelVersionSummary
 
-_WIDE = 100  # columns of a terminal that has room for what a version is, beside the numbers of six vision tasks
-_FEW = 4  # metrics beside which a title has room in any terminal
-# What a metric is called above its column; its name goes on with the vision task: rmse/image_to_depth.
+_WIDE = 100  # columns of a terminal with room for a version's title beside the numbers of six vision tasks
+_FEW = 4  # with fewer metrics than this, a title fits in any terminal
+# A metric's title above its column; the rest of its name is the vision task: rmse/image_to_depth.
 _MEASURES = {"rmse": "RMSE", "frechet_distance": "Fréchet", "FID": "FID"}
 
 
@@ -26,7 +26,7 @@ def models(
     name: Annotated[str | None, typer.Argument(help="A registered model; default: all of them.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the versions of registered models with what was measured of them, newest first.
+    """List the versions of registered models with their measurements, newest first.
 
     Example: prompt-diffusion models prompt-diffusion --json
     """
@@ -43,7 +43,7 @@ def models(
     if not versions:
         console.print("No model has been registered yet: prompt-diffusion train makes one.")
     elif any(version.metrics for version in versions):
-        console.print("Lower is better. Fréchet: distance of EfficientNet features, no FID; RMSE: maps in [0, 1].")
+        console.print("Lower is better. Fréchet: distance of EfficientNet features, not FID; RMSE: maps in [0, 1].")
 
 
 @say_errors
@@ -51,7 +51,7 @@ def promote(
     reference: Annotated[str, typer.Argument(help="models:/NAME/VERSION or models:/NAME@ALIAS.")],
     alias: Annotated[str, typer.Option(help="The alias that it gets.")] = "champion",
 ) -> None:
-    """Let an alias point to a version: the champion is what others load.
+    """Point an alias at a version: the champion is what others load.
 
     Example: prompt-diffusion promote models:/prompt-diffusion@challenger
     """
@@ -65,7 +65,7 @@ def promote(
 
 
 def _tabulate(model: str, versions: "list[ModelVersionSummary]", is_wide: bool) -> Table:
-    """Return the table of one registered model: a row a version, a column a metric, the best of each in bold."""
+    """Return the table of one registered model: one row per version, one column per metric, the best of each in bold."""
     metrics = sorted({metric for version in versions for metric in version.metrics})
     best = {metric: min(v.metrics[metric] for v in versions if metric in v.metrics) for metric in metrics}
     with_titles = is_wide or len(metrics) < _FEW

@@ -1,4 +1,4 @@
-"""Progress bars on standard error: of denoising steps (a line every quarter where it is not a terminal) and of phases."""
+"""Progress bars on standard error: of denoising steps (off a terminal, a line every quarter) and of phases."""
 
 import sys
 from collections.abc import Callable, Iterator

@@ -21,7 +21,9 @@ STOPPED = 130
 P = ParamSpec("P")
 R = TypeVar("R")
 
-StoreOption = Annotated[str | None, typer.Option("--store", help="Folder or s3:// address; default: the settings'.")]
+StoreOption = Annotated[
+    str | None, typer.Option("--store", help="Folder or s3:// address; default: from the settings.")
+]
 if TYPE_CHECKING:
     from prompt_diffusion.presets import PresetName
 else:
@@ -35,7 +37,7 @@ OverridesOption = Annotated[
 
 
 def parse_overrides(texts: list[str]) -> dict[str, Any]:
-    """Read ``key=value`` pairs, the value as JSON where it is JSON, else as text."""
+    """Read ``key=value`` pairs; a value that is not JSON is text."""
     overrides: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -68,7 +70,7 @@ def _requote(value: str) -> str:
 
 @contextmanager
 def need_flows() -> Iterator[None]:
-    """Say in one sentence, where the block imports the flows, that they are in the repository and in no wheel."""
+    """Turn a failed import of the flows in the block into one sentence: they are in the repository and in no wheel."""
     try:
         yield
     except ModuleNotFoundError as error:

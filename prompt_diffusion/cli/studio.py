@@ -13,10 +13,10 @@ from prompt_diffusion.cli.shared import say_errors
 @say_errors
 def studio(
     model: Annotated[
-        str, typer.Option(help="What is chosen at first: models:/NAME@ALIAS, models:/NAME/VERSION, or a folder.")
+        str, typer.Option(help="The model chosen at first: models:/NAME@ALIAS, models:/NAME/VERSION, or a folder.")
     ] = DEFAULT_MODEL,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; the default lets nobody but this machine use the page.")
+        str, typer.Option(help="Address to listen on; by default only this machine can use the page.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, metavar="<int>", help="Port to listen on.")] = 7860,
     device: DeviceOption = "auto",

@@ -31,7 +31,7 @@ def train(
         typer.Option(min=0.001, help="With --dry-run: sustained TFLOP/s of a device, to predict the time."),
     ] = None,
 ) -> None:
-    """Train the model of all vision tasks, running the stages before it as needed; a training that was stopped resumes.
+    """Train the model of all vision tasks, running earlier stages as needed; a training that was stopped resumes.
 
     Example: prompt-diffusion train --preset paper --set train.batch_size=256 --dry-run
     """
@@ -80,7 +80,7 @@ def _print_forecast(config: "RunConfig", forecast: "Forecast", teraflops: float 
         f"steps: {forecast.num_steps:,} of {config.train.batch_size} samples, {forecast.num_samples:,} samples in all"
     )
     print(
-        f"arithmetic: {forecast.gigaflop_per_sample:.3g} GFLOP a sample (forward and backward, counted on fake tensors)"
+        f"arithmetic: {forecast.gigaflop_per_sample:.3g} GFLOP per sample (forward and backward, counted on fake tensors)"
     )
     print(f"memory of each process, estimated: {_gigabytes(forecast.memory_bytes)}")
     print(f"  weights: {_gigabytes(forecast.weights_bytes)}")
@@ -89,7 +89,7 @@ def _print_forecast(config: "RunConfig", forecast: "Forecast", teraflops: float 
     print(f"  EMA: {_gigabytes(forecast.ema_bytes)}")
     print(f"  low-precision copies of weights: {_gigabytes(forecast.autocast_bytes)}")
     each = _gigabytes(forecast.activations_bytes_per_sample)
-    print(f"  activations: {each} a sample, micro-batches of {forecast.micro_batch_size}", end="")
+    print(f"  activations: {each} per sample, micro-batches of {forecast.micro_batch_size}", end="")
     print("" if resources.device_batch_size else " (the whole share of the batch; halved until it fits into memory)")
     if resources.gradient_checkpointing:
         print("  (less with gradient checkpointing, which this estimate leaves out)")

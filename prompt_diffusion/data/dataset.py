@@ -33,7 +33,7 @@ class Dataset(FrozenModel):
     """Condition maps of those pairs, by condition."""
 
     def find_map(self, condition: str) -> ManifestRef:
-        """Return the manifest of a condition's maps; ValueError names what there is."""
+        """Return the manifest of a condition's maps; ValueError lists the conditions that exist."""
         if condition not in self.maps:
             there = ", ".join(sorted(self.maps)) or "none"
             raise ValueError(f"there are no maps of condition {condition!r}, only of {there}")
@@ -87,7 +87,7 @@ class InContextData:
         starts = np.concatenate([[0], np.cumsum([shard.rows for shard in pairs.shards])])
         shards = np.searchsorted(starts, rows, side="right") - 1
         self.places: list[tuple[int, int]] = list(zip(shards.tolist(), (rows - starts[shards]).tolist(), strict=True))
-        """Shard and position in it of each row: where maps and latents have it, too."""
+        """Shard of each row and its position there: the same for maps and latents."""
         self.shard_rows = tuple(np.bincount(shards, minlength=len(pairs.shards)).tolist())
         """Rows of the split in each shard."""
         self.caption_positions = _find_caption_positions(table["edited_prompt"].to_pylist(), starts)[rows].tolist()
@@ -111,7 +111,7 @@ class InContextData:
         return rows
 
     def captions(self, side: Side) -> list[str]:
-        """Return the captions of one side, a row each."""
+        """Return the captions of one side, one per row."""
         return self._captions[side]
 
     def image(self, row: int, side: Side, condition: str | None, out: Pixels | None = None) -> Pixels:
@@ -124,7 +124,7 @@ class InContextData:
         column = f"{side}_{'image' if condition is None else 'map'}"
         shard, position = self.places[row]
         pixels: Pixels = self.cache.read_row(manifest, shard, column, position, out)
-        # an order faster than NumPy's repeat
+        # an order of magnitude faster than NumPy's repeat
         return cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB, dst=out) if pixels.shape[2] == 1 else pixels
 
     def choose_example(self, policy: ExamplePolicy, query_row: int, generator: np.random.Generator) -> int:
@@ -175,14 +175,14 @@ def _find_caption_positions(captions: list[str], starts: NDArray[np.int64]) -> N
 
 
 def check_made_of(manifest: Manifest, role: str, of: Manifest) -> None:
-    """Raise ValueError where a manifest was not made of the other one."""
+    """Raise ValueError where a manifest was not made from the other one."""
     found = manifest.identity.find_input(role)
     if found is None or found.fingerprint != of.ref.fingerprint:
         raise ValueError(f"{manifest.ref.uri} is not aligned with {of.ref.uri}: it was made of other {role}")
 
 
 def check_aligned(manifest: Manifest, role: str, of: Manifest) -> None:
-    """Raise ValueError where a manifest was not made of the other one, or has not its shards, row by row."""
+    """Raise ValueError where a manifest was not made from the other one, or its shards do not match row by row."""
     check_made_of(manifest, role, of)
     if [shard.rows for shard in manifest.shards] != [shard.rows for shard in of.shards]:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The stage `ingest`: any source in, image pairs at the training resolution out, split by prompt group."""
+"""The stage ``ingest``: any source in, image pairs at the training resolution out, split by prompt group."""
 
 import logging
 import math
@@ -60,7 +60,7 @@ class IngestConfig(FrozenModel):
     split_fractions: tuple[float, float, float] = (0.90, 0.05, 0.05)
     """Train, validation and test: shares of the prompt groups, in source order."""
     shard_rows: int = Field(default=256, ge=1, le=1_000_000)
-    """Samples a shard. It shapes the files, so it belongs to their identity."""
+    """Samples per shard. It shapes the files, so it belongs to their identity."""
     reject_budget: float = Field(default=0.01, ge=0.0, le=1.0)
     """The share of samples that may be rejected before the stage fails. Not part of the identity."""
 
@@ -72,7 +72,7 @@ class IngestConfig(FrozenModel):
 
 
 def build_source(config: IngestConfig) -> Source:
-    """Return the source that the configuration names; ValueError where it is not what is claimed."""
+    """Return the source that the configuration names; ValueError where it is not what the configuration claims."""
     return _SOURCES[config.source.kind](config.source, config.image_size)
 
 
@@ -111,11 +111,11 @@ class Ingest(ShardedStage[None]):
 
     @property
     def title(self) -> str:
-        """What people call it."""
+        """The name shown to people."""
         return f"ingest {self.config.source.kind}"
 
     def identify(self) -> StageIdentity:
-        """Return the scientific fields and the source's content, wherever it lies."""
+        """Return the scientific fields and the source's content, wherever it is stored."""
         fields = self.config.model_dump(mode="json", exclude={"reject_budget", "source"})
         content = {**fields, "source": self.config.source.list_scientific()}
         inputs = (StageInput(role="source", fingerprint=self.source.digest()),)
@@ -129,7 +129,7 @@ class Ingest(ShardedStage[None]):
 
     @contextmanager
     def open_maker(self, context: Context[None]) -> Iterator[MakeShard]:
-        """Give what reads a shard's samples."""
+        """Yield the function that reads a shard's samples."""
         keys, rows = self.keys, self.config.shard_rows
         logger.info(
             "ingest of %d samples from %s into %s", len(keys), self.config.source.kind, self.identity.uri(context.store)
@@ -154,8 +154,8 @@ def assign_splits(keys: Sequence[SampleKey], fractions: tuple[float, float, floa
     """Return the keys with their splits: whole prompt groups, in the order in which they first appear, not shuffled.
 
     The first floor(train * G) of G groups are for training, those up to floor((train + validation) * G) for validation.
-    Where the source publishes splits, those stand, and its training groups give what is not published. ValueError where a
-    group stands in two of them, or none is for training.
+    Where the source publishes splits, they are kept, and those it lacks are taken from its training groups. ValueError where a
+    group is in two of them, or none is for training.
     """
     published = _find_published(keys)
     shares = {
@@ -165,7 +165,7 @@ def assign_splits(keys: Sequence[SampleKey], fractions: tuple[float, float, floa
     }
     total = sum(shares.values()) if len(shares) < len(SPLITS) else 1.0
     names = list(shares)
-    # What is published for validation or test stays there; the rest is divided among the splits that nothing is published for.
+    # What is published for validation or test stays there; the rest is divided among the splits that are not published.
     groups = {key.group_id: None for key in keys if published.get(key.group_id, "train") == "train"}
     if not groups and keys:
         raise ValueError(
@@ -182,7 +182,7 @@ def assign_splits(keys: Sequence[SampleKey], fractions: tuple[float, float, floa
 
 
 def _find_published(keys: Sequence[SampleKey]) -> dict[str, Split]:
-    """Return the published split of each prompt group that has one; ValueError for a group that stands in two."""
+    """Return the published split of each prompt group that has one; ValueError for a group that is in two."""
     published: dict[str, Split] = {}
     for key in keys:
         if key.published is None or key.reject:

@@ -1,4 +1,4 @@
-"""The records that every stage exchanges, and their Parquet tables, which Hugging Face `datasets` shows as images."""
+"""The records that every stage exchanges, and their Parquet tables, which Hugging Face ``datasets`` shows as images."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ ARRAY_SHAPES_KEY = b"array_shapes"
 
 
 def _describe_type(data_type: pa.DataType) -> Any:  # noqa: ANN401 - JSON
-    """Return how Hugging Face `datasets` names an Arrow type in a table's metadata."""
+    """Return how Hugging Face ``datasets`` names an Arrow type in a table's metadata."""
     if data_type == IMAGE_TYPE:
         return {"_type": "Image"}
     if pa.types.is_list(data_type):
@@ -32,7 +32,7 @@ def _describe_type(data_type: pa.DataType) -> Any:  # noqa: ANN401 - JSON
 
 
 def build_schema(columns: Mapping[str, pa.DataType]) -> pa.Schema:
-    """Return a schema whose metadata tells Hugging Face `datasets` which columns are images."""
+    """Return a schema whose metadata tells Hugging Face ``datasets`` which columns are images."""
     features = {name: _describe_type(data_type) for name, data_type in columns.items()}
     metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
     return pa.schema([pa.field(name, data_type) for name, data_type in columns.items()], metadata=metadata)
@@ -66,7 +66,7 @@ class ImagePair:
     sample_id: str
     """Unique in its source."""
     group_id: str
-    """The prompt group: samples of one group share their texts and stand in one split."""
+    """The prompt group: samples of one group share their texts and belong to one split."""
     seed: int
     """Which image of the prompt group."""
     input_prompt: str
@@ -78,7 +78,7 @@ class ImagePair:
     source_uri: str
     """Where the sample came from, relative to its source: whole URIs would tie the bytes to a place."""
     exact_maps: Mapping[str, tuple[bytes, bytes]] = field(default_factory=dict)
-    """Condition -> (map of the input image, map of the edited image), PNG; of sources that know the truth."""
+    """Condition -> (map of the input image, map of the edited image), PNG; from sources that know the truth."""
 
 
 def _wrap_image(data: bytes) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def _wrap_image(data: bytes) -> dict[str, Any]:
 
 
 def image_pairs_table(pairs: Sequence[ImagePair]) -> pa.Table:
-    """Return one row a pair, in IMAGE_PAIR_SCHEMA; no pairs make an empty table."""
+    """Return one row per pair, in IMAGE_PAIR_SCHEMA; no pairs make an empty table."""
     plain = (
         "sample_id",
         "group_id",
@@ -113,7 +113,7 @@ def image_pairs_table(pairs: Sequence[ImagePair]) -> pa.Table:
 def condition_maps_table(
     sample_ids: Sequence[str], input_maps: Sequence[bytes], edited_maps: Sequence[bytes]
 ) -> pa.Table:
-    """Return one row a sample with the condition maps (PNG) of both images, in CONDITION_MAP_SCHEMA."""
+    """Return one row per sample with the condition maps (PNG) of both images, in CONDITION_MAP_SCHEMA."""
     columns = {
         "sample_id": list(sample_ids),
         "input_map": [_wrap_image(data) for data in input_maps],
@@ -125,7 +125,7 @@ def condition_maps_table(
 def generations_table(
     sample_ids: Sequence[str], vision_task: str, seeds: Sequence[int], images: Sequence[bytes]
 ) -> pa.Table:
-    """Return one row a generated image (PNG), in GENERATION_SCHEMA."""
+    """Return one row per generated image (PNG), in GENERATION_SCHEMA."""
     columns = {
         "sample_id": list(sample_ids),
         "vision_task": [vision_task] * len(sample_ids),
@@ -136,7 +136,7 @@ def generations_table(
 
 
 def arrays_table(columns: Mapping[str, Sequence[str]], arrays: Mapping[str, NDArray[np.float32]]) -> pa.Table:
-    """Return one row a sample: text columns, and arrays such as the mean and deviation of a VAE's posterior.
+    """Return one row per sample: text columns, and arrays such as the mean and deviation of a VAE's posterior.
 
     Arrays are float32 (N, ...); each row holds its little-endian bytes, and the metadata the shape without N.
     """
@@ -152,7 +152,7 @@ def arrays_table(columns: Mapping[str, Sequence[str]], arrays: Mapping[str, NDAr
 
 
 def read_array(table: pa.Table, name: str) -> NDArray[np.float32]:
-    """Return an array, float32 (N, ...), of what `arrays_table` made; ValueError lists what there is."""
+    """Return an array, float32 (N, ...), from a table that ``arrays_table`` made; ValueError lists its columns."""
     shapes = json.loads((table.schema.metadata or {}).get(ARRAY_SHAPES_KEY, b"{}"))
     if name not in shapes:
         raise ValueError(f"no array {name!r}: there are {', '.join(sorted(shapes)) or 'none'}")

@@ -1,4 +1,4 @@
-"""Which sample stands where in the stream: a function of (seed, index, sizes) alone, whatever runs it.
+"""Which sample comes where in the stream: a function of (seed, index, sizes) alone, whatever runs it.
 
 Every random decision of a training sample is drawn from a counter-based generator keyed by (seed, index), so the stream is
 the same after a restart, for any number of processes and for any micro-batch.
@@ -22,15 +22,15 @@ def sample_generator(seed: int, index: int, stream: int = 0) -> np.random.Genera
 
 @dataclass(frozen=True)
 class RowOrder:
-    """The order in which a training visits its rows: a permutation of them each epoch, near in time where near in the store.
+    """The order in which a training visits its rows: a permutation of them each epoch, close in time if close in the store.
 
     Shards are shuffled and taken in windows; the rows of a window are shuffled among each other. Up to ``WINDOW_SHARDS``
-    shards make one window, so a small dataset is shuffled as a whole; of a large one, a window at a time must be at hand.
+    shards make one window, so a small dataset is shuffled as a whole; of a large one, one window at a time must be available.
     """
 
     seed: int
     shard_rows: tuple[int, ...]
-    """Rows of each shard, in the order of the store; rows are numbered through."""
+    """Rows of each shard, in the order of the store; rows are numbered across shards."""
 
     @property
     def num_rows(self) -> int:
@@ -89,17 +89,17 @@ class Order(Protocol):
 class GroupOrder:
     """The published order: each epoch visits every prompt group once, by one of its rows, drawn uniformly.
 
-    A group of four pairs counts as one of a single pair. The rows that an epoch draws are visited as RowOrder visits all.
+    A group of four pairs counts as much as a group of one. The rows that an epoch draws are visited as RowOrder visits all.
     """
 
     def __init__(self, seed: int, shard_rows: tuple[int, ...], group_ids: Sequence[str]) -> None:
-        """Take the rows of each shard and the prompt group of each row, rows numbered through in the order of the store."""
+        """Take the rows of each shard and the prompt group of each row, rows numbered across shards in store order."""
         assert len(group_ids) == sum(shard_rows), "every row has a prompt group"
         self.seed, self.shard_rows = seed, shard_rows
         numbers: dict[str, int] = {}
         groups = np.array([numbers.setdefault(group, len(numbers)) for group in group_ids], np.int64)
         self.num_groups = len(numbers)
-        """Samples of an epoch."""
+        """Samples per epoch."""
         # The rows sorted by group, and where each group begins among them: a draw of all groups is then one addition.
         self._rows = np.argsort(groups, kind="stable")
         self._sizes = np.bincount(groups)
@@ -130,7 +130,7 @@ class GroupOrder:
                 np.searchsorted(self._shard_ends, rows, side="right"), minlength=len(self.shard_rows)
             )
             drawn = rows, RowOrder(self.seed, tuple(in_shards.tolist()))
-            # Two epochs are in use where one ends: older ones are dropped. Threads that race draw the same.
+            # Two epochs are in use around an epoch's end; older ones are dropped. Threads that race draw the same rows.
             self._drawn = {other: kept for other, kept in self._drawn.items() if abs(other - epoch) <= 1} | {
                 epoch: drawn
             }

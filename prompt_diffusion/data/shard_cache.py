@@ -3,7 +3,7 @@
 A shard is fetched whole and checked against its digest, its images are decoded, and each column becomes one file of rows of
 equal size. After that a sample costs no decoding and no request: a row is read by its position, through the machine's page
 cache, which all processes share. Entries are named by the shard's own digest. All of it may be deleted at any time, in whole or
-in part: an entry is checked when a process first opens it, and one that is not as it was written is made anew.
+in part: an entry is checked when a process first opens it, and rebuilt if it is not as it was written.
 """
 
 import fcntl
@@ -41,12 +41,12 @@ _MAX_TRIES = 20
 
 
 class _BrokenEntryError(Exception):
-    """An entry is there and is not what was written."""
+    """An entry exists but is not what was written."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Column:
-    """Where the rows of one column lie."""
+    """Where the rows of one column are stored."""
 
     file: str
     shape: tuple[int, ...]
@@ -57,7 +57,7 @@ class _Column:
 
 @dataclass(slots=True)
 class _Entry:
-    """A cached shard, and when this process last said that it uses it."""
+    """A cached shard, and when this process last marked it as used."""
 
     columns: dict[str, _Column]
     touched: float
@@ -67,13 +67,13 @@ class ShardCache:
     """Cached shards below one folder, for any number of threads and processes of a machine."""
 
     def __init__(self, folder: Path | None = None, max_bytes: int | None = None) -> None:
-        """Take the folder (None: `shards` in the settings' cache directory) and its limit (None: no limit)."""
+        """Take the folder (None: ``shards`` in the settings' cache directory) and its limit (None: no limit)."""
         self.folder = folder or load_settings().cache_dir / "shards"
         self.max_bytes = max_bytes
         self._entries: dict[str, _Entry] = {}
 
     def read_row(self, manifest: Manifest, shard: int, column: str, row: int, out: Array | None = None) -> Array:
-        """Return one row of a column: an image as uint8 H, W, C (C is 1 where the whole shard is grey), else as it was made.
+        """Return one row of a column: an image as uint8 H, W, C (C is 1 where the whole shard is grey), else as it was stored.
 
         It is read into ``out``, a contiguous array, where that has the row's shape and type: then ``out`` is returned.
         Fetches the shard first where it is not cached; DamagedDataError where it is not what was sealed.
@@ -92,7 +92,7 @@ class ShardCache:
                 FileNotFoundError,
                 NotADirectoryError,
                 IsADirectoryError,
-            ):  # another made room, or it was deleted by hand
+            ):  # another process made room, or it was deleted by hand
                 size = 0
             if size == found.row_bytes:
                 return values
@@ -147,7 +147,7 @@ class ShardCache:
                 layout[name] = {"file": file, "shape": values.shape, "dtype": values.dtype.str, "sha256": digest}
             content = json.dumps({"columns": layout})
             sealed = json.dumps({"content": content, "digest": compute_digest(content.encode())})
-            _write_file(partial / _LAYOUT_FILE, memoryview(sealed.encode()))  # last: what it lists is on the disk
+            _write_file(partial / _LAYOUT_FILE, memoryview(sealed.encode()))  # last: all it lists is on the disk
             _sync_folder(partial)
             _remove(place)  # what is left of a broken one
             os.replace(partial, place)
@@ -160,7 +160,7 @@ class ShardCache:
             shutil.rmtree(partial, ignore_errors=True)
 
     def _make_room(self, num_bytes: int) -> None:
-        """Delete the least recently used entries until so many bytes more are within the limit."""
+        """Delete the least recently used entries until that many more bytes fit within the limit."""
         if self.max_bytes is None:
             return
         entries = []
@@ -180,7 +180,7 @@ class ShardCache:
 
     @contextmanager
     def _hold(self, name: str) -> Iterator[None]:
-        """Hold the lock of one entry; it ends with its process, however that ends."""
+        """Hold the lock of one entry; it is released when its process ends, however it ends."""
         locks = self.folder / ".locks"
         locks.mkdir(parents=True, exist_ok=True)
         with (locks / name).open("w") as file:
@@ -189,7 +189,7 @@ class ShardCache:
 
 
 def _decode_columns(table: pa.Table) -> dict[str, Array]:
-    """Return what a shard holds of images and arrays, by column, a row each."""
+    """Return a shard's images and arrays by column, one entry per row."""
     columns: dict[str, Array] = {}
     for field in table.schema:
         if field.type == IMAGE_TYPE:
@@ -201,14 +201,14 @@ def _decode_columns(table: pa.Table) -> dict[str, Array]:
 
 def _decode_images(column: pa.ChunkedArray) -> Pixels:
     images = np.stack([decode_image(cell["bytes"].as_py()) for cell in column])
-    is_grey = all(bool((image[..., :1] == image).all()) for image in images)  # ends at the first one in colour
+    is_grey = all(bool((image[..., :1] == image).all()) for image in images)  # stops at the first one in colour
     return np.ascontiguousarray(images[..., :1]) if is_grey else images
 
 
 def _read_layout(place: Path) -> dict[str, _Column]:
-    """Return where the columns lie, the bytes of all checked; FileNotFoundError where there is no entry at all.
+    """Return where the columns are stored, after checking their bytes; FileNotFoundError where there is no entry.
 
-    _BrokenEntryError where anything of it is missing or not as it was written.
+    _BrokenEntryError where any part of it is missing or not as it was written.
     """
     try:
         sealed = json.loads((place / _LAYOUT_FILE).read_text())
@@ -230,7 +230,7 @@ def _read_layout(place: Path) -> dict[str, _Column]:
 
 
 def _is_whole(place: Path) -> bool:
-    """Say whether an entry is there and as it was written; what is broken is logged."""
+    """Say whether an entry exists as it was written; a broken one is logged."""
     try:
         _read_layout(place)
     except FileNotFoundError:
@@ -242,7 +242,7 @@ def _is_whole(place: Path) -> bool:
 
 
 def _write_file(path: Path, content: memoryview) -> str:
-    """Write a file, on the disk when this returns; return its sha256."""
+    """Write a file and flush it to the disk; return its sha256."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -251,7 +251,7 @@ def _write_file(path: Path, content: memoryview) -> str:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk."""
+    """Flush a folder's directory entries to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -260,7 +260,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _read_into(values: Array, column: _Column, row: int) -> int:
-    """Read one row of a column; return how many bytes there were of it."""
+    """Read one row of a column; return the number of bytes read."""
     handle = os.open(column.file, os.O_RDONLY)
     try:
         return os.preadv(handle, [values.data], row * column.row_bytes)
@@ -275,12 +275,12 @@ def _find_column(entry: _Entry, name: str, manifest: Manifest) -> _Column:
 
 
 def _touch(place: Path) -> None:
-    """Say that an entry is in use; FileNotFoundError where it is gone."""
+    """Mark an entry as used; FileNotFoundError where it is gone."""
     os.utime(place)
 
 
 def _remove(place: Path) -> None:
-    """Take an entry away at once, then delete its files: nobody sees a part of it."""
+    """Move an entry away atomically, then delete its files: no process sees a part of it."""
     doomed = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
     with suppress(FileNotFoundError):
         os.replace(place, doomed)

@@ -18,7 +18,7 @@ Pixels = NDArray[np.uint8]
 WHITE_16_BIT = 65535
 """The 16-bit grey value that is white, as PNG and TIFF mean it."""
 _ORIENTATION = ExifTags.Base.Orientation
-_SAME_SHAPE = 1.02  # the most that two aspects may differ in a pair
+_SAME_SHAPE = 1.02  # the largest difference of aspect within a pair
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -31,10 +31,10 @@ _TURNS = {
 
 
 def decode_image(data: bytes, white: int = WHITE_16_BIT) -> Pixels:
-    """Decode an image file to uint8 RGB (H, W, 3), turned as its EXIF says, alpha over white, 16-bit grey scaled to 8.
+    """Decode an image file to uint8 RGB (H, W, 3), rotated as its EXIF says, alpha over white, 16-bit grey scaled to 8.
 
     ``white`` is the 16-bit grey value that becomes 255, as does all above it. ValueError, in one sentence, for what is
-    empty, damaged, truncated, animated, larger than 64 megapixels, or of a format that is not taken (``IMAGE_FORMATS``).
+    empty, damaged, truncated, animated, larger than 64 megapixels, or of a format that is not accepted (``IMAGE_FORMATS``).
     """
     if not data:
         raise ValueError("the image is empty")
@@ -45,7 +45,7 @@ def decode_image(data: bytes, white: int = WHITE_16_BIT) -> Pixels:
             return normalise_image(image, white)
     except _RefusedImageError:
         raise
-    except Exception as error:  # each format's parser stumbles in its own way: no list of types is complete
+    except Exception as error:  # each format's parser fails in its own way: no list of types is complete
         reason = " ".join(str(error).split()) or type(error).__name__
         # Pillow names the buffer's address, which would differ from run to run.
         reason = "not an image file" if "cannot identify" in reason else reason
@@ -65,7 +65,7 @@ def read_image_file(path: Path) -> bytes:
 
 
 class _RefusedImageError(ValueError):
-    """An intact image that is not taken."""
+    """An intact image that is not accepted."""
 
 
 def _check_header(image: Image.Image) -> None:
@@ -99,9 +99,9 @@ def normalise_image(image: Image.Image, white: int = WHITE_16_BIT) -> Pixels:
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:
-    """Return the image turned as its EXIF says; as it is where nothing there can be read.
+    """Return the image rotated as its EXIF says; unchanged where the EXIF cannot be read.
 
-    Pillow's own function writes the EXIF anew without the orientation, and stumbles over entries that do not concern it.
+    Pillow's own function rewrites the EXIF without the orientation, and fails on entries that do not concern it.
     """
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
@@ -136,9 +136,9 @@ def resize_image(image: Pixels, size: int) -> Pixels:
 
 
 def check_pair_shape(source: Pixels, target: Pixels, name: str) -> None:
-    """Raise ValueError where the images of an example pair are of another shape, so that cut to squares they would not match.
+    """Raise ValueError where the images of an example pair differ in shape, so that their centre squares would not match.
 
-    Other sizes of one shape are the same picture after the resize; two percent are what rounding to whole pixels makes.
+    Different sizes of one shape become the same picture when resized; two percent allows for rounding to whole pixels.
     """
     (height, width), (other_height, other_width) = source.shape[:2], target.shape[:2]
     ratio = width * other_height / (other_width * height)

@@ -66,7 +66,7 @@ class TrainState:
     num_skipped: int = 0
     """Steps without an update, because loss or gradient was not finite or too large."""
     skipped_in_a_row: int = 0
-    """How many of the latest steps were skipped, without one in between that was not."""
+    """How many of the latest steps were skipped in a row."""
     history: list[LossRecord] = field(default_factory=list)
     """The losses of every step, one record for each label in its batch."""
     validations: list[ValidationRecord] = field(default_factory=list)
@@ -78,7 +78,7 @@ class TrainState:
 def choose_kept(steps: Collection[int], validations: Mapping[int, float], num_steps: int, num_spaced: int) -> set[int]:
     """Return which of the checkpoints at ``steps`` are kept: the two newest, the best, and the spaced ones.
 
-    The best has the lowest finite validation loss (``validations``, by step), the earliest of equals. The spaced ones are
+    The best has the lowest finite validation loss (``validations``, by step), the earliest on a tie. The spaced ones are
     the first at or after each of the ``num_spaced`` marks that divide ``num_steps`` evenly. Once not kept, a checkpoint is
     never wanted later: deleting after every save leaves the same ones as deleting once at the end.
     """
@@ -185,7 +185,7 @@ def restore_checkpoint(
 
 
 class _DamagedCheckpointError(Exception):
-    """A checkpoint is not what was written; the message says what of it."""
+    """A checkpoint is not what was written; the message says which part."""
 
 
 def _encode_state(state: Mapping[str, Any]) -> bytes:
@@ -194,7 +194,7 @@ def _encode_state(state: Mapping[str, Any]) -> bytes:
 
 
 def _parse_state(content: bytes, name: str) -> tuple[TrainState, dict[str, str]]:
-    """Return what ``state.json`` of the checkpoint of that name says, and the digests of the other files."""
+    """Return the content of ``state.json`` in the named checkpoint, and the digests of the other files."""
     try:
         fields = json.loads(content)
         digest = fields.pop(_STATE_DIGEST, None)  # earlier checkpoints have none

@@ -59,7 +59,7 @@ class TrainResources(FrozenModel):
     ray_address: str | None = None
     """A running Ray cluster, as Ray names it; None starts one on this machine."""
     num_processes: int = Field(default=1, ge=1)
-    """Processes that share each step's batch: one a GPU."""
+    """Processes that share each step's batch: one per GPU."""
     threads_per_process: int = Field(default=1, ge=1)
     """CPU threads of each process; 1 on a shared machine, where spinning threads cost more than they gain."""
     device: str = AUTO

@@ -111,7 +111,7 @@ SINGLE_PROCESS = World()
 def join_world(device: str, threads: int, *, is_alone: bool = False) -> Iterator[World]:
     """Join the process group that torchrun's environment variables describe; without them, be the only process.
 
-    ``is_alone`` says that this training has one process: such variables, left by a batch system, then count for nothing.
+    ``is_alone`` says that this training has one process: such variables, left by a batch system, are then ignored.
     """
     torch.set_num_threads(threads)
     environment = {} if is_alone else os.environ

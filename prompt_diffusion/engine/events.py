@@ -11,8 +11,8 @@ from prompt_diffusion.store.records import ManifestRef
 
 
 class _BaseEvent(FrozenModel):
-    # a diverging run reports losses and norms that are NaN or infinite: they have to survive the way through JSON
-    model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="constants")
+    # a diverging run reports losses and norms that are NaN or infinite: they have to survive the trip through JSON
+    model_config = ConfigDict(ser_json_inf_nan="constants", allow_inf_nan=True)  # a loss may be NaN, and is reported
 
 
 class LaunchEvent(_BaseEvent):

@@ -178,7 +178,7 @@ def _forward_backward(objective: Objective[BatchT], batches: Iterator[BatchT], b
         values.append(losses.detach())
         labels += batch_labels
     sums = torch.zeros(len(objective.labels) + 1, 2, dtype=torch.float64)
-    # One host sync a step: between micro-batches the device computes while the CPU prepares the next one.
+    # One host sync per step: between micro-batches the device computes while the CPU prepares the next one.
     read = torch.cat(values).double().cpu()
     sums.index_add_(0, torch.tensor(labels), torch.stack([read, torch.ones_like(read)], dim=1))
     return sums
@@ -190,7 +190,7 @@ def _zero_grad(parameters: Mapping[str, Tensor]) -> None:
 
 
 def _clip_grad_norm(parameters: Mapping[str, Tensor], clip_norm: float | None) -> float:
-    """Clip the gradients, if the recipe says so; return their norm over all parameters from before."""
+    """Clip the gradients, if the recipe says so; return their norm over all parameters before clipping."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
     if clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(list(parameters.values()), clip_norm, norm)

@@ -35,7 +35,7 @@ class LoopPlan:
 
     num_steps: int
     batch_size: int
-    """Samples a step, over all processes and micro-batches."""
+    """Samples per step, over all processes and micro-batches."""
     optimizer: OptimizerConfig
     checkpoints: str
     """URI of the checkpoint folder."""

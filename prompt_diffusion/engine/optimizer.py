@@ -137,7 +137,7 @@ def split_parameters(parameters: Mapping[str, Tensor], config: OptimizerConfig) 
 
 
 def estimate_state_bytes(parameters: Mapping[str, Tensor], config: OptimizerConfig) -> int:
-    """Return the bytes of the optimizers' state: one tensor a weight of Muon's, two a weight of AdamW's."""
+    """Return the bytes of the optimizers' state: one tensor per weight for Muon, two for AdamW."""
     matrices, rest = split_parameters(parameters, config)
     return sum(p.nbytes for p in matrices) + 2 * sum(p.nbytes for p in rest)
 

@@ -1,4 +1,4 @@
-"""Of several runs of one training, one trains; the others wait, and go on where it stops, or return what it sealed."""
+"""Of several runs of one training, one trains; the others wait, and resume where it stops, or return what it sealed."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -20,11 +20,11 @@ _SECONDS_BETWEEN_LOOKS = 3.0
 def own_stage(
     folder: str, world: World, beat_seconds: float = BEAT_SECONDS, patience_seconds: float = PATIENCE_SECONDS
 ) -> Iterator[Callable[[], None]]:
-    """Keep other runs out of a stage's folder (a URI) for the time of the block, waiting first for the one that is there.
+    """Keep other runs out of a stage's folder (a URI) during the block, after waiting for the run that holds it.
 
-    Every process of the world calls it, and none of them may believe afterwards what it knew of the folder before. Gives
-    what the main process calls before each write: it raises LeaseLostError where another run has taken over. ``Stopped``
-    where the wish to stop comes while it waits.
+    Every process of the world calls it, and none may rely afterwards on what it knew of the folder before. Yields a
+    function that the main process calls before each write: it raises LeaseLostError where another run has taken over.
+    Raises ``Stopped`` if asked to stop while waiting.
     """
     lease = Lease(folder, beat_seconds, patience_seconds) if world.is_main else None
     try:
@@ -46,7 +46,7 @@ def _wait(lease: Lease | None, folder: str, world: World) -> None:
         if state[0] > 0:
             return
         if state[1] > 0:
-            world.stop_requested.clear()  # as was wished: whoever goes on in this process is not stopped by it
+            world.stop_requested.clear()  # honoured: what runs later in this process is not stopped by it
             raise Stopped(f"stopped while another run makes {folder}; run the same command to wait for it again")
         if lease is not None and not has_said:
             logger.info("another run makes %s (%s): waiting for it", folder, lease.describe_holder())
@@ -57,9 +57,9 @@ def _wait(lease: Lease | None, folder: str, world: World) -> None:
 def _is_finished(folder: str) -> bool:
     try:
         return is_sealed(folder)
-    except OSError:  # the store is away: what ended the block counts, not that
+    except OSError:  # the store is unreachable: what ended the block matters, not that
         return False
 
 
 def _do_nothing() -> None:
-    """Answer for a process that writes nothing."""
+    """Stand in for the check in a process that writes nothing."""

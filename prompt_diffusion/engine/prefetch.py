@@ -27,7 +27,7 @@ class Prefetcher(Generic[BatchT]):
         micro_batch_size: int,
         num_threads: int,
     ) -> None:
-        """Start with the first of the steps."""
+        """Start at the first of the steps."""
         self.prepare, self.steps, self.batch_size, self.world = prepare, steps, batch_size, world
         self.micro_batch_size, self.num_threads = min(micro_batch_size, batch_size // world.size), num_threads
         self._pool = ThreadPoolExecutor(num_threads, "prepare")
@@ -43,7 +43,7 @@ class Prefetcher(Generic[BatchT]):
         self._pool.shutdown()
 
     def take(self, step: int) -> Iterator[BatchT]:
-        """Return the micro-batches of a step: the one after the last, or the one given to ``halve_micro_batch``."""
+        """Return the micro-batches of a step: the next one, or the one given to ``halve_micro_batch``."""
         return islice(self._ahead, len(self._split(step)))
 
     def halve_micro_batch(self, step: int) -> None:

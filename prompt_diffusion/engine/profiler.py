@@ -21,8 +21,8 @@ def profile_steps(
 ) -> Iterator[Callable[[], None]]:
     """Yield a function to call after every step; on the main process it records ``resources.profile_steps`` of them.
 
-    The first two steps of the process are left out: in one memory is allocated and kernels are compiled, in the other the
-    profiler warms up. The trace is written to ``folder`` (a URI) as ``trace-00000005.json.gz``, the number being the last
+    The first two steps of the process are left out: in the first, memory is allocated and kernels are compiled; in the second,
+    the profiler warms up. The trace is written to ``folder`` (a URI) as ``trace-00000005.json.gz``, the number being the last
     recorded step; a run that ends earlier writes the steps that it recorded. ``first_step``: steps done before the loop.
     """
     if resources.profile_steps is None or not world.is_main:

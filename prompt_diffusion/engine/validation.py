@@ -1,4 +1,4 @@
-"""Validation every so many steps: with the EMA weights where the recipe keeps them, and a record of the best loss."""
+"""Periodic validation: with the EMA weights where the recipe keeps them, and a record of the best loss."""
 
 import math
 from collections.abc import Iterator, Mapping

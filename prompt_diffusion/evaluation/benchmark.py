@@ -1,7 +1,7 @@
 """Stage "benchmark": the table and the report of sealed cells, as report.html, table.md, table.csv and table.json.
 
-`table.json` holds a time stamp and the seconds of the run, so two runs would not write the same bytes. Therefore the
-first one to write it wins, and everything else is rendered from what lies in the store: a run that was killed, or a
+``table.json`` holds a time stamp and the seconds of the run, so two runs would not write the same bytes. Therefore the
+first one to write it wins, and everything else is rendered from what is in the store: a run that was killed, or a
 second one beside it, ends with the same files.
 """
 
@@ -42,11 +42,11 @@ class Benchmark(Stage[None]):
     in_context: ManifestRef
     trivial: ManifestRef
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """How long each stage took, for the table; no part of the identity."""
+    """How long each stage took, for the table; not part of the identity."""
 
     @property
     def title(self) -> str:
-        """What people call it."""
+        """The name shown to people."""
         return "benchmark"
 
     def identify(self) -> StageIdentity:
@@ -92,7 +92,7 @@ def _name_place(cell: ManifestRef) -> str:
 
 
 def _write_once(identity: StageIdentity, store_root: str, data: bytes) -> bytes:
-    """Write the table unless another run did, and return what lies there."""
+    """Write the table unless another run did, and return the one in the store."""
     uri = join_uri(identity.uri(store_root), TABLE_FILE)
     return data if create_bytes(uri, data) else read_bytes(uri)
 

@@ -118,7 +118,7 @@ class MeasureCell(Stage[EvaluateResources]):
 
     @property
     def title(self) -> str:
-        """What people call it."""
+        """The name shown to people."""
         return f"measure {self.config.metric} of {self.config.method}, {self.config.vision_task}"
 
     def identify(self) -> StageIdentity:

@@ -42,7 +42,7 @@ class EvaluateConfig(FrozenModel):
     example_policy: ExamplePolicy = "same_group"
     """Where the example pair comes from; with the same scene, copying the example's target can beat any model."""
     extractor: ExtractorChoice = "auto"
-    """Features of the Frechet distance; "auto" is Inception where its weights lie at hand, else EfficientNet-Lite0."""
+    """Features of the Frechet distance; "auto" is Inception where its weights are at hand, else EfficientNet-Lite0."""
     prompt_suffix: str = ", best quality, extremely detailed"
     """Appended to every prompt that is not empty."""
     negative_prompt: str = PAPER_NEGATIVE_PROMPT

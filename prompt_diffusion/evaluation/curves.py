@@ -50,7 +50,7 @@ def count_samples(curves: Mapping[tuple[Method, str], Curve]) -> dict[Method, li
 
 
 def draw_curves(curves: Mapping[tuple[Method, str], Curve], vision_tasks: Sequence[str]) -> str:
-    """Return an SVG element with one panel a vision task, both methods in each; the same curves give the same bytes."""
+    """Return an SVG element with one panel per vision task, both methods in each; the same curves give the same bytes."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

@@ -1,7 +1,7 @@
 """Feature extractors for the Frechet distance: what the number is made with, by name.
 
-`inception` is the TorchScript Inception v3 that clean-fid uses: with it, and only with it, the distance is called FID.
-`efficientnet_lite0` comes as a package, weights and all, so it needs no network; its distance is not FID, and every
+``inception`` is the TorchScript Inception v3 that clean-fid uses: with it, and only with it, the distance is called FID.
+``efficientnet_lite0`` comes as a package, weights and all, so it needs no network; its distance is not FID, and every
 header says so. Both weight files are pinned by digest and refused where they differ.
 """
 
@@ -35,13 +35,13 @@ WEIGHT_DIGESTS: Final[Mapping[str, str]] = {
     "efficientnet_lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
     "inception": "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
 }
-# Small batches keep the activations of one image in the cache of a core: 4 ran in 22 ms an image, 32 in 59.
+# Small batches keep the activations of one image in the cache of a core: 4 took 22 ms per image, 32 took 59.
 CPU_BATCH: Final = 4
 GPU_BATCH: Final = 64
 
 
 class FeatureExtractor(Protocol):
-    """Turns images into features; `name` goes into every header that shows a number made with it."""
+    """Turns images into features; ``name`` goes into every header that shows a number made with it."""
 
     @property
     def name(self) -> ExtractorName:
@@ -109,7 +109,7 @@ class Inception:
 
 
 def _cut_batches(images: ImageArray, device: str) -> Iterator[ImageArray]:
-    """Yield the images in order, as many at a time as a device likes."""
+    """Yield the images in order, as many at a time as suits a device."""
     size = CPU_BATCH if device == "cpu" else GPU_BATCH
     for start in range(0, len(images), size):
         yield images[start : start + size]
@@ -118,7 +118,7 @@ def _cut_batches(images: ImageArray, device: str) -> Iterator[ImageArray]:
 def resolve_extractor(choice: ExtractorChoice, weights_folder: Path | None = None) -> ExtractorName:
     """Return the extractor that a choice means here; nothing is fetched.
 
-    "auto" is `inception` where its weights lie in `weights_folder`, else `efficientnet_lite0`; the log says which.
+    "auto" is ``inception`` where its weights are in ``weights_folder``, else ``efficientnet_lite0``; the log says which.
     """
     if choice != "auto":
         return choice
@@ -131,9 +131,9 @@ def resolve_extractor(choice: ExtractorChoice, weights_folder: Path | None = Non
 
 @lru_cache(maxsize=16)  # a machine's devices, with both extractors
 def build_extractor(name: ExtractorName, weights_folder: Path | None = None, device: str = AUTO) -> FeatureExtractor:
-    """Return the extractor of that name on a device, loaded once a process and device.
+    """Return the extractor of that name on a device, loaded once per process and device.
 
-    `inception` reads its weights from `weights_folder`, and fetches them into it where they are missing.
+    ``inception`` reads its weights from ``weights_folder``, and fetches them into it where they are missing.
     """
     if name == "efficientnet_lite0":
         return _load_efficientnet_lite0(str(choose_device(device)))

@@ -1,4 +1,4 @@
-"""What the numbers of a benchmark say, and what to know before they are used: sentences made from them alone."""
+"""What the numbers of a benchmark say, and what to know before using them: sentences made only from the numbers."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ _POLICY_TITLES: Final[Mapping[ExamplePolicy, str]] = {
 def list_facts(
     table: BenchmarkTable, sources: Sequence[CellSources], samples_seen: Mapping[Method, Sequence[int]]
 ) -> list[tuple[str, str]]:
-    """Return the header's facts: what was measured on what; `samples_seen` of each vision task, by method."""
+    """Return the header's facts: what was measured on what; ``samples_seen`` of each vision task, by method."""
     config = sources[0].generations.identity.config
     data = table.provenance["data"]
     policies = {source.generations.identity.config["example_policy"] for source in sources} - {None}
@@ -39,7 +39,7 @@ def list_facts(
 
 
 def list_findings(table: BenchmarkTable) -> list[str]:
-    """Return what the numbers say, in sentences made from them alone."""
+    """Return what the numbers say, in sentences made only from them."""
     return [
         *_compare_methods(table),
         *_compare_trivial(table),
@@ -49,7 +49,7 @@ def list_findings(table: BenchmarkTable) -> list[str]:
 
 
 def list_caveats(table: BenchmarkTable) -> list[str]:
-    """Return what has to be known before a number is used."""
+    """Return what a reader has to know before using a number."""
     caveats = []
     if any(cell.metric == "frechet_distance" for cell in table.cells):
         caveats.append(

@@ -1,7 +1,7 @@
-"""Stage "generate": what a model makes of the test split for one vision task, one row an image.
+"""Stage "generate": what a model makes of the test split for one vision task, one row per image.
 
 Each image has its own seed, a function of the configured seed, its sample id and its vision task: no image depends on
-the others of its batch, and a run that was killed goes on with the same pictures.
+the others of its batch, and a killed run resumes with the same pictures.
 """
 
 import hashlib
@@ -99,7 +99,7 @@ class Generate(ShardedStage[EvaluateResources]):
 
     @property
     def title(self) -> str:
-        """What people call it."""
+        """The name shown to people."""
         return f"generate {self.config.vision_task} with {self.model.fingerprint[:8]}"
 
     def identify(self) -> StageIdentity:
@@ -116,7 +116,7 @@ class Generate(ShardedStage[EvaluateResources]):
 
     @contextmanager
     def open_maker(self, context: Context[EvaluateResources]) -> Iterator[MakeShard]:
-        """Give what generates the images of a shard, on the resources' device."""
+        """Yield the function that generates a shard's images, on the resources' device."""
         check_num_samples(self.config.num_samples, self.rows)
         resources = context.resources
 
@@ -156,12 +156,12 @@ def choose_example_rows(data: InContextData, policy: ExamplePolicy, seed: int, r
 
 
 def open_data(dataset: Dataset, split: Split) -> InContextData:
-    """Return the rows of a split with all maps, opened once a process, whoever asks for them."""
+    """Return the rows of a split with all maps, opened once per process for all callers."""
     return _open_data(dataset.pairs.uri, tuple(sorted((name, ref.uri) for name, ref in dataset.maps.items())), split)
 
 
 def check_num_samples(num_samples: int, data: InContextData) -> None:
-    """Raise ValueError where a split is smaller than the number of samples asked for: a smaller n is another result."""
+    """Raise ValueError where a split is smaller than the number of samples asked for: a smaller n gives another result."""
     if num_samples > data.num_rows:
         raise ValueError(f"{num_samples} samples are asked for, and the {data.split} split has {data.num_rows} rows")
 

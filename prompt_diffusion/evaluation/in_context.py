@@ -80,7 +80,7 @@ class MeasureInContext(Stage[None]):
 
     @property
     def title(self) -> str:
-        """What people call it."""
+        """The name shown to people."""
         return "in-context test"
 
     def identify(self) -> StageIdentity:

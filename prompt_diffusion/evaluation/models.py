@@ -1,4 +1,4 @@
-"""The pipeline of a sealed model, loaded once a process and device, and used by one caller at a time."""
+"""The pipeline of a sealed model, loaded once per process and device, and used by one caller at a time."""
 
 import threading
 from collections import defaultdict
@@ -27,7 +27,7 @@ _MODELS_A_DEVICE = 2
 
 @contextmanager
 def reserve_device(resources: EvaluateResources) -> "Iterator[torch.device]":
-    """Give the device of the resources, and hold it: on one device, heavy computations run one after another."""
+    """Yield the device of the resources, and hold it: on one device, heavy computations run one after another."""
     import torch
 
     device = choose_device(resources.device)
@@ -39,7 +39,7 @@ def reserve_device(resources: EvaluateResources) -> "Iterator[torch.device]":
 
 @contextmanager
 def open_pipeline(model: ManifestRef, resources: EvaluateResources) -> "Iterator[PromptDiffusionPipeline]":
-    """Give the pipeline of a sealed model on the resources' device, for the time of the block."""
+    """Yield the pipeline of a sealed model on the resources' device."""
     with reserve_device(resources) as device:
         yield _loader(str(device))(model.uri, model.fingerprint, resources.find_cache())
 

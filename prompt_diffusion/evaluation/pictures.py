@@ -40,7 +40,7 @@ class PictureRow:
 
 @dataclass(frozen=True, slots=True)
 class PictureGrid:
-    """Pictures of one vision task: a column a query."""
+    """Pictures of one vision task: one column per query."""
 
     title: str
     headings: list[str]
@@ -89,7 +89,7 @@ def build_task_grid(cells: Mapping[Method, CellSources], dataset: Dataset) -> Pi
 
 
 def build_in_context_grid(in_context: Manifest, dataset: Dataset) -> PictureGrid:
-    """Return the same queries under each example pair and under none, with what each output was counted as."""
+    """Return the same queries with each example pair and without one, and what each output was counted as."""
     data = open_data(dataset, in_context.identity.config["split"])
     shown = {name: read_generations(open_input(in_context, f"shown/{name}").ref) for name in (*SHOWN_TASKS, NONE)}
     columns = data.find_rows(read_shared_ids(shown))[:NUM_COLUMNS]
@@ -114,7 +114,7 @@ def read_shared_ids(generations: Mapping[Name, Generations]) -> list[str]:
 
 
 def _choose_columns(errors: np.ndarray[tuple[int], np.dtype[np.float64]] | None, n: int) -> tuple[list[int], int]:
-    """Return the rows to show, and how many of them, at the end, are there for being the worst."""
+    """Return the rows to show, and how many at the end are shown because they are the worst."""
     if errors is None or n <= NUM_COLUMNS:
         return list(range(min(n, NUM_COLUMNS))), 0
     first = list(range(NUM_COLUMNS - NUM_WORST))

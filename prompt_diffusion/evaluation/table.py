@@ -27,7 +27,7 @@ _MISSING: Final = "-"
 
 
 class BenchmarkTable(FrozenModel):
-    """All numbers of one benchmark; what `table.json` holds."""
+    """All numbers of one benchmark; what ``table.json`` holds."""
 
     cells: list[CellResult]
     """A number for each (method, vision task)."""
@@ -36,7 +36,7 @@ class BenchmarkTable(FrozenModel):
     in_context: InContextResult
     """Which map comes out when the example pair alone decides."""
     seconds: dict[str, float]
-    """By stage, in the run that made this table: a sealed stage costs its look-up, a resumed one what was left of it."""
+    """By stage, in the run that made this table: a sealed stage costs its look-up, a resumed one what was left to do."""
     provenance: dict[str, Any]
     """When, from which fingerprints, with which configurations and library versions."""
 
@@ -50,7 +50,7 @@ class BenchmarkTable(FrozenModel):
 
     @property
     def training(self) -> str:
-        """The fingerprint of the joint model's training; empty where the table says none."""
+        """The fingerprint of the joint model's training; empty if the table has none."""
         fingerprints: dict[str, str] = self.provenance.get("fingerprints", {})
         ours = (value for name, value in fingerprints.items() if name.startswith("model / Prompt Diffusion"))
         return next(ours, "")
@@ -76,7 +76,7 @@ class TableRow(FrozenModel):
 
 
 def describe_measure(cell: CellResult) -> str:
-    """Return in words how a cell was measured."""
+    """Return how a cell was measured, in words."""
     if cell.extractor is None:
         return f"RMSE, RGB in [0, 1], n = {cell.n}"
     title = EXTRACTOR_TITLES[cell.extractor]
@@ -130,7 +130,7 @@ def render_markdown(table: BenchmarkTable) -> str:
 
 
 def render_csv(table: BenchmarkTable) -> str:
-    """Return every number as CSV, unrounded: one line a cell, then one line a trivial baseline."""
+    """Return every number as CSV, unrounded: one line per cell, then one line per trivial baseline."""
     sink = io.StringIO()
     writer = csv.writer(sink, lineterminator="\n")
     writer.writerow(["kind", "method", "vision_task", "metric", "extractor", "value", "n", "floor", "paper"])
@@ -148,9 +148,9 @@ def read_table(uri: str) -> BenchmarkTable:
 
 
 def find_newest_table(store_root: str, training: str | None = None) -> BenchmarkTable:
-    """Return the table made last, by the time it says itself, or the last of a training, by the beginning of its fingerprint.
+    """Return the newest table by its own time stamp, optionally of the training whose fingerprint begins so.
 
-    ValueError where no benchmark is sealed, and none of that training, which names the trainings that have one.
+    ValueError where no benchmark is sealed, or none of that training; it names the trainings that have one.
     """
     root = join_uri(store_root, STAGE)
     folders = [
@@ -176,7 +176,7 @@ def _build_measured_row(table: BenchmarkTable, method: Method) -> TableRow:
     row = _build_row(
         "measured", f"{method}, measured here", [None if cell is None else cell.value for cell in cells], tasks
     )
-    # A lowest number means something only beside another.
+    # The lowest number means something only beside another.
     is_best = [
         cell is not None and cell.value == min(values[cell.vision_task]) < max(values[cell.vision_task])
         for cell in cells

@@ -27,7 +27,7 @@ from prompt_diffusion.vision_tasks import VISION_TASKS, ExamplePolicy, VisionTas
 VERSION: Final = 2
 TRIVIAL_FILE: Final = "trivial.json"
 BaselineName = Literal["mean_map", "copy_query", "copy_example_target"]
-# A mean of ten thousand maps stands; the 280,000 of the full training split would cost an hour for no digit.
+# A mean of ten thousand maps is stable; the 280,000 of the full training split would cost an hour for no digit.
 MAX_MEAN_MAPS: Final = 10_000
 
 
@@ -73,7 +73,7 @@ class MeasureTrivial(Stage[None]):
 
     @property
     def title(self) -> str:
-        """What people call it."""
+        """The name shown to people."""
         return "trivial baselines"
 
     def identify(self) -> StageIdentity:

@@ -1,6 +1,6 @@
 """One request for an image: its settings, running it, and a PNG that carries them.
 
-The command line and the studio both go through here, so that a result of one is made again by the other, bit for bit.
+The command line and the studio both go through here, so that each reproduces the other's results, bit for bit.
 """
 
 from prompt_diffusion.generation.model import ModelIdentity, OpenModel, identify_model, open_model

@@ -21,7 +21,7 @@ class ModelIdentity:
     place: str
     """What ``load`` takes: a registered version, a folder, or a hub's repository."""
     name: str
-    """What names it in a result: as `place`, but of a folder only its own name."""
+    """What names it in a result: as ``place``, but for a folder only its own name."""
     fingerprint: str | None
     """A registered model's fingerprint."""
 
@@ -46,7 +46,7 @@ def identify_model(reference: str, settings: Settings) -> ModelIdentity:
 
 
 def open_model(reference: str, settings: Settings, device: str = AUTO) -> OpenModel:
-    """Load a model, on a GPU where `device` is ``auto`` and there is one; ValueError as the registry's ``load`` raises it."""
+    """Load a model, on a GPU where ``device`` is ``auto`` and there is one; ValueError as the registry's ``load`` raises it."""
     chosen = choose_device(device)
     identity = identify_model(reference, settings)
     return OpenModel(load(identity.place, settings, str(chosen)), identity)

@@ -1,6 +1,6 @@
 """A PNG that says how it was made.
 
-One JSON object in the text chunk ``prompt-diffusion``: the request with every default settled, and the SHA-256 of each image
+One JSON object in the text chunk ``prompt-diffusion``: the request with every default filled in, and the SHA-256 of each image
 file that went in, as ``sha256sum`` prints it. It names no path and no machine.
 """
 
@@ -25,9 +25,9 @@ class GenerationRecord(FrozenModel):
     """What a PNG says about itself: enough to make it again from the same images and the same model."""
 
     format: Literal[1] = 1
-    """Raised when a field changes its meaning."""
+    """Incremented when a field changes its meaning."""
     request: GenerationRequest
-    """The request with every default settled: the model as a version, not an alias; of a folder, only its own name."""
+    """The request with every default filled in: the model as a version, not an alias; for a folder, only its own name."""
     model_fingerprint: str | None = None
     """The fingerprint of the model, where it is a registered one."""
     images: dict[str, str]
@@ -39,7 +39,7 @@ class GenerationRecord(FrozenModel):
 def encode_result(image: Pixels, record: GenerationRecord) -> bytes:
     """Return a PNG of uint8 (H, W, 3) that carries its settings; the pixels stay as they are."""
     png = encode_png(image)
-    text = json.dumps(record.model_dump(mode="json"), sort_keys=True)  # ASCII, as this kind of chunk asks
+    text = json.dumps(record.model_dump(mode="json"), sort_keys=True)  # ASCII, as this kind of chunk requires
     body = b"tEXt" + SETTINGS_KEY.encode() + b"\0" + text.encode("ascii")
     chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
     return png[:_AFTER_HEADER] + chunk + png[_AFTER_HEADER:]

@@ -12,7 +12,7 @@ Scheduler = Literal["ddim", "dpm", "unipc"]
 
 
 class GenerationRequest(FrozenModel):
-    """What is asked for, beside the images; None takes the model's own value."""
+    """What is asked for, besides the images; None takes the model's own value."""
 
     model: str = Field(min_length=1)
     """``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, a folder, or a hub's repository."""
@@ -22,7 +22,7 @@ class GenerationRequest(FrozenModel):
     prompt: str = Field(default="", max_length=2000)
     """Text; "" lets the example pairs decide alone."""
     negative_prompt: str = Field(default="", max_length=2000)
-    """What guidance leads away from."""
+    """What guidance steers away from."""
     condition: str | None = None
     """The map between the two images of an edit."""
     seed: int = Field(default=0, ge=0, lt=2**53)
@@ -30,13 +30,13 @@ class GenerationRequest(FrozenModel):
     num_inference_steps: int | None = Field(default=None, ge=1, le=1000)
     """Denoising steps; an edit takes them twice."""
     guidance_scale: float | None = Field(default=None, ge=0.0, le=100.0)
-    """Guidance weight; 1 or less is none."""
+    """Guidance weight; 1 or less turns guidance off."""
     controlnet_conditioning_scale: float = Field(default=1.0, ge=0.0, le=10.0)
     """Weight of the example pairs and the query."""
     scheduler: Scheduler | None = None
     """Which solver takes the steps."""
     size: int | None = Field(default=None, ge=8, le=4096)
-    """Pixels a side of the result; images are cut to their centre square and resized to it."""
+    """Side of the result in pixels; images are cut to their centre square and resized to it."""
 
     @model_validator(mode="after")
     def _check_mode(self) -> Self:

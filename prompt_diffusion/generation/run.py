@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
 
 OnStep = Callable[[int, int], None]
-"""Told the denoising steps that are done and their number; what it raises ends the run."""
+"""Called with the number of denoising steps done and their total; an exception from it ends the run."""
 ImageFiles = Sequence[tuple[bytes, bytes]]
 """The files of example pairs: source and target."""
 
@@ -29,7 +29,7 @@ _SCHEDULERS: dict[Scheduler, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What a request gave."""
+    """The result of a request."""
 
     image: Pixels
     """uint8 (size, size, 3)."""
@@ -38,7 +38,7 @@ class Generation:
     record: GenerationRecord
     """What is written into the PNG."""
     notes: tuple[str, ...]
-    """What the pipeline had to say, such as which words of a text are not read."""
+    """The pipeline's warnings, such as which words of a text are not read."""
 
 
 def run_request(
@@ -157,7 +157,7 @@ def _use_scheduler(pipeline: "PromptDiffusionPipeline", name: Scheduler | None) 
 
 
 class _Collector(logging.Handler):
-    """Keeps what is logged for whoever asked for the image."""
+    """Keeps what is logged, for the caller."""
 
     def __init__(self, notes: list[str]) -> None:
         super().__init__(logging.WARNING)
@@ -169,7 +169,7 @@ class _Collector(logging.Handler):
 
 @contextmanager
 def _collect_notes() -> Iterator[list[str]]:
-    """Collect, once each, what the model's package warns of inside the block."""
+    """Collect each distinct warning of the model's package inside the block."""
     notes: list[str] = []
     package, handler = logging.getLogger("prompt_diffusion.model"), _Collector(notes)
     package.addHandler(handler)
@@ -182,7 +182,7 @@ def _collect_notes() -> Iterator[list[str]]:
 
 @contextmanager
 def _say_memory(size: int) -> Iterator[None]:
-    """Say in one sentence that the device's memory does not suffice."""
+    """Say in one sentence that the device has too little memory."""
     import torch
 
     try:

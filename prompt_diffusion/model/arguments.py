@@ -39,7 +39,7 @@ def check_sampler_options(
     control_guidance_start: object,
     control_guidance_end: object,
 ) -> SamplerOptions:
-    """Return them as numbers; ValueError names the one that is none, not finite or out of its range."""
+    """Return them as numbers; ValueError names one that is not a number, not finite or out of its range."""
     start = check_number("control_guidance_start", control_guidance_start, 0.0, 1.0)
     end = check_number("control_guidance_end", control_guidance_end, 0.0, 1.0)
     if start >= end:
@@ -79,7 +79,7 @@ def check_number(name: str, value: object, lowest: float = -math.inf, highest: f
 
 
 def list_generators(generator: Generators, count: int) -> list[torch.Generator | None]:
-    """Return one generator for each image; one alone serves all, one after the other."""
+    """Return one generator for each image; a single one serves all in turn."""
     if generator is None or isinstance(generator, torch.Generator):
         return [generator] * count
     if not isinstance(generator, list | tuple) or not all(isinstance(each, torch.Generator) for each in generator):
@@ -93,7 +93,7 @@ def list_generators(generator: Generators, count: int) -> list[torch.Generator |
 
 
 def check_callback(callback: object, names: Any, known: Sequence[str]) -> None:  # noqa: ANN401 - whatever a user gave
-    """Raise ValueError for a callback that cannot be called, or that asks for tensors that there are not."""
+    """Raise ValueError for a callback that cannot be called, or that asks for unknown tensors."""
     if callback is not None and not callable(callback):
         raise ValueError(f"callback_on_step_end is called after each step, got {_show(callback)}")
     if isinstance(names, str) or not isinstance(names, Sequence):
@@ -104,6 +104,6 @@ def check_callback(callback: object, names: Any, known: Sequence[str]) -> None: 
 
 
 def _show(value: object) -> str:
-    """Return a value for a sentence: its type where it is long."""
+    """Return a value for a message: its type where it is long."""
     shown = repr(value)
     return shown if len(shown) <= 40 and "\n" not in shown else f"a value of type {type(value).__name__}"

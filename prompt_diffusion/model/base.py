@@ -62,7 +62,7 @@ def compute_latent_stride(vae_config: Mapping[str, Any]) -> int:
 def load_base(base: str) -> Base:
     """Load a base in float32, from safetensors alone: ``demo-base``, a folder in diffusers' layout, or a hub's repository.
 
-    ValueError, in one sentence, where it can be found nowhere or lacks a part.
+    ValueError, in one sentence, where it cannot be found or lacks a part.
     """
     folder = base_folder(base)
     parts: dict[str, Any] = {}

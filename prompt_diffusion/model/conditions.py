@@ -9,7 +9,7 @@ from torch import Tensor
 from prompt_diffusion.model.images import Images, Picture, fit_picture, read_images, show_size, stack_pictures
 
 ExamplePair = tuple[Images, Images]
-"""(source, target): one image each, or one each a query."""
+"""(source, target): one image each, or one each per query."""
 ExamplePairs = ExamplePair | Sequence[ExamplePair] | None
 """One pair, a list of K pairs, or none."""
 
@@ -32,7 +32,7 @@ class Conditions:
 def read_conditions(query: Images, example_pair: ExamplePairs, height: int, width: int, stride: int) -> Conditions:
     """Return queries and pairs of ``height`` x ``width`` pixels.
 
-    ValueError, in one sentence: a pair whose sides differ in size, a size that is no multiple of ``stride``.
+    ValueError, in one sentence: a pair whose sides differ in size, a size that is not a multiple of ``stride``.
     """
     example_pairs = None if example_pair is None else [_read_pair(pair) for pair in list_example_pairs(example_pair)]
     if example_pairs == []:
@@ -46,7 +46,7 @@ def read_conditions(query: Images, example_pair: ExamplePairs, height: int, widt
 
 
 def count_batch(num_queries: int, given: Mapping[str, int]) -> int:
-    """Return the size of a batch: of queries or, where one serves all, of the longest list; ValueError names what is not."""
+    """Return the size of a batch: of queries or, where one serves all, of the longest list; ValueError names any other."""
     count = num_queries if num_queries > 1 else max(given.values())
     for name, number in given.items():
         if number not in (1, count):
@@ -64,7 +64,7 @@ def _check_size(height: int, width: int, stride: int) -> None:
 
 
 def list_example_pairs(example_pair: ExamplePair | Sequence[ExamplePair]) -> list[ExamplePair]:
-    """Return every pair alone; ValueError where one is no (source, target)."""
+    """Return every pair alone; ValueError where one is not (source, target)."""
     example_pairs = [example_pair] if isinstance(example_pair, tuple) else example_pair
     if not isinstance(example_pairs, list) or not all(
         isinstance(pair, tuple | list) and len(pair) == 2 for pair in example_pairs

@@ -51,7 +51,7 @@ class PromptDiffusionControlNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """
         super().__init__()
         self.trunk = ControlNetModel(**trunk_config)
-        # The stems are computed once an image, outside the denoising loop, so what enters here are features.
+        # The stems are computed once per image, outside the denoising loop, so what enters here are features.
         self.trunk.controlnet_cond_embedding = nn.Identity()
         features = self.trunk.config["block_out_channels"][0]
         self.query_stem = ControlNetConditioningEmbedding(features, QUERY_CHANNELS, stem_channels)
@@ -66,7 +66,7 @@ class PromptDiffusionControlNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         stem_channels: tuple[int, ...] = PUBLISHED_STEM_CHANNELS,
         example_pair: bool = True,
     ) -> Self:
-        """Build one whose trunk holds the UNet's encoder and middle block, its zero convolutions and stems fresh."""
+        """Build one whose trunk holds the UNet's encoder and middle block, its zero convolutions and stems initialised anew."""
         trunk = ControlNetModel.from_unet(unet)
         config = {name: value for name, value in trunk.config.items() if not name.startswith("_")}
         model: Self = cls(trunk_config=config, stem_channels=tuple(stem_channels), example_pair=example_pair)
@@ -77,7 +77,7 @@ class PromptDiffusionControlNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def from_controlnet(cls, source: ControlNetModel, example_pair: bool = True) -> Self:
         """Build one that does to the query what a diffusers ControlNet does, its example stem fresh and silent."""
         config = {name: value for name, value in source.config.items() if not name.startswith("_")}
-        # the stem's own business, and the trunk would turn around the channels of features
+        # for the stem to handle: the trunk would reverse the channels of features
         is_bgr = config["controlnet_conditioning_channel_order"] == "bgr"
         model: Self = cls(
             trunk_config=config | {"controlnet_conditioning_channel_order": "rgb"},
@@ -105,9 +105,9 @@ class PromptDiffusionControlNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def compute_condition_features(self, example_pair: Tensor | Sequence[Tensor] | None, query: Tensor) -> Tensor:
         """Return the sum of the stems' features: N, C, h, w at the latents' size.
 
-        ``example_pair`` is N, 6, H, W (source, then target) and ``query`` N, 3, H, W, both in [-1, 1]; 1 in place of N is
+        ``example_pair`` is N, 6, H, W (source, then target) and ``query`` N, 3, H, W, both in [-1, 1]; a batch of 1 is
         shared. ``None`` stands for a mid-grey pair (zeros), what the model sees in training where the pair is dropped. Several
-        example pairs are averaged in the example stem's feature space, whatever their order; one in a list is one alone.
+        example pairs are averaged in the example stem's feature space, whatever their order; a list of one is that one alone.
         """
         features: Tensor = self.query_stem((query + 1.0) / 2.0 if self.config["unit_query"] else query)
         if self.example_stem is None:
@@ -145,7 +145,7 @@ class PromptDiffusionControlNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
 
 def average_features(features: Sequence[Tensor]) -> Tensor:
-    """Return the mean of K tensors (N or 1, C, h, w): the same to the last bit in any order, and of one alone that one.
+    """Return the mean of K tensors (N or 1, C, h, w): the same to the last bit in any order, and a single one unchanged.
 
     Sums of floating-point numbers depend on their order, so the K values of each place are sorted before they are summed.
     """
@@ -161,7 +161,7 @@ def average_features(features: Sequence[Tensor]) -> Tensor:
 def load_controlnet(folder: Path, example_pair: bool) -> PromptDiffusionControlNet:
     """Load a ControlNet to start from, in float32: one of ours, or diffusers' own as ``from_controlnet`` takes it.
 
-    The example stem is fresh where the folder has none, and left away where ``example_pair`` is False. ValueError where the
+    The example stem is fresh where the folder has none, and omitted where ``example_pair`` is False. ValueError where the
     folder holds neither.
     """
     try:

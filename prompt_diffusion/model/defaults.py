@@ -27,7 +27,7 @@ def settle_defaults(
 ) -> PipelineDefaults:
     """Return the defaults of a pipeline, and let its ControlNet remember them.
 
-    What is None is taken from what the ControlNet remembers, so that ``PromptDiffusionPipeline(**pipeline.components)`` has the
+    Values that are None come from the ControlNet, so that ``PromptDiffusionPipeline(**pipeline.components)`` has the
     model's own values: diffusers hands over the parts alone.
     """
     known = getattr(controlnet, "pipeline_defaults", None) or PipelineDefaults()

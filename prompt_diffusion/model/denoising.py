@@ -36,7 +36,7 @@ class Denoiser(Protocol):
 
     @property
     def interrupt(self) -> bool:
-        """Whether the steps that are left are left out."""
+        """Whether the remaining steps are skipped."""
 
     def progress_bar(self, *, total: int) -> Any:  # noqa: ANN401 - diffusers' own
         """Return a context that counts the steps."""
@@ -47,9 +47,9 @@ class Start:
     """What the denoising loop starts from."""
 
     prompt_embeds: Tensor
-    """The unconditional branch's before the texts' where there is guidance."""
+    """With guidance, the unconditional branch's come before the texts'."""
     features: Tensor
-    """What the stems gave, one for each image."""
+    """The stems' features, one for each image."""
     latents: Tensor
     """Noise of variance 1: N, 4, h, w."""
     generators: list[torch.Generator | None] | None
@@ -64,7 +64,7 @@ def compute_features(
     count: int,
     num_images_per_prompt: int,
 ) -> Tensor:
-    """Return the stems' features, N, C, h, w, each pair and query seen once."""
+    """Return the stems' features, N, C, h, w, reading each pair and query once."""
     example_pairs = (
         None if conditions.example_pairs is None else [pair.to(device, dtype) for pair in conditions.example_pairs]
     )
@@ -77,14 +77,14 @@ def compute_features(
 
 
 def draw_noise(shape: tuple[int, int, int], generators: Sequence[torch.Generator | None]) -> Tensor:
-    """Draw each image's noise from its own generator, on the CPU unless that lives elsewhere: a seed means the same."""
+    """Draw each image's noise from its own generator, on the CPU unless that is elsewhere, so that a seed means the same."""
     return torch.stack(
         [torch.randn(shape, generator=each, device="cpu" if each is None else each.device) for each in generators]
     )
 
 
 def check_latents(latents: object, shape: tuple[int, int, int], count: int) -> Tensor:
-    """Return the noise that a call brought; ValueError where it is none of ``count`` images of that shape."""
+    """Return the noise given to a call; ValueError where it is not ``count`` images of that shape."""
     wanted = (count, *shape)
     if not isinstance(latents, Tensor) or tuple(latents.shape) != wanted:
         found = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
@@ -97,7 +97,7 @@ def check_latents(latents: object, shape: tuple[int, int, int], count: int) -> T
 def denoise(
     pipeline: Denoiser, start: Start, device: torch.device, end_of_step: StepEnd | None, tensor_names: Sequence[str]
 ) -> Tensor:
-    """Return the latents after all steps, N, 4, h, w; the scheduler's state begins anew."""
+    """Return the latents after all steps, N, 4, h, w; the scheduler's state is reset."""
     scheduler, num_steps = pipeline.scheduler, start.options.num_inference_steps
     scheduler.set_timesteps(num_steps, device=device)
     timesteps = scheduler.timesteps

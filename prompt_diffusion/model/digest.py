@@ -19,7 +19,7 @@ from prompt_diffusion.store.fingerprint import compute_digest, write_canonical_j
 
 _WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors", "*-of-*.safetensors")
 _TEXTS = ("*.json", "*.txt")
-# what save_pretrained notes about the saving, and nothing reads when it loads in float32
+# what save_pretrained notes about the saving, unused when loading in float32
 _NOTES = (
     "_diffusers_version",
     "_name_or_path",

@@ -22,7 +22,7 @@ def edit_by_text(
     output_type: OutputType,
     options: dict[str, Any],
 ) -> EditingOutput:
-    """Make a picture anew that keeps its layout: image to condition map, then map to image with a new caption.
+    """Recreate a picture, keeping its layout: image to condition map, then map to image with a new caption.
 
     ``options`` are further arguments of both calls; those of ``map_options`` that are not None hold in the first alone. What
     describes one of the two texts or one starting noise goes to the second alone.

@@ -1,4 +1,4 @@
-"""Images into and out of the pipeline: any kind and mode in, one range inside, the kinds that diffusers knows out."""
+"""Images into and out of the pipeline: any kind and mode in, one range inside, diffusers' output types out."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,13 +29,13 @@ _CHANNELS = (1, 3, 4)
 
 
 def check_output_type(output_type: str) -> None:
-    """Raise ValueError for an output type that there is not."""
+    """Raise ValueError for an unknown output type."""
     if output_type not in get_args(OutputType):
         raise ValueError(f"unknown output_type {output_type!r}: choose one of {', '.join(get_args(OutputType))}")
 
 
 def read_images(images: Images, name: str) -> list[Picture]:
-    """Return every image of a batch alone, as RGB; ``name`` says in a ValueError whose they are."""
+    """Return every image of a batch alone, as RGB; ``name`` is the argument that a ValueError names."""
     if isinstance(images, Image.Image):
         return [_read_image(images, name)]
     if isinstance(images, str | Path):
@@ -149,5 +149,5 @@ def write_images(images: Tensor, output_type: OutputType) -> Any:  # noqa: ANN40
 
 
 def convert_pixels(pixels: Pixels, output_type: OutputType) -> Any:  # noqa: ANN401 - as many types as output types
-    """Turn uint8 N, H, W, 3 into an output type; they stay as they are where that is ``latent``."""
+    """Turn uint8 N, H, W, 3 into an output type; unchanged for ``latent``."""
     return pixels if output_type == "latent" else write_images(to_model_range(pixels), output_type)

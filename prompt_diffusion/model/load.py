@@ -112,7 +112,7 @@ def _load_scheduler(folder: Path) -> SchedulerMixin:
     path = folder / "scheduler"
     found = _read_json(path / "scheduler_config.json").get("_class_name")
     kind = getattr(diffusers, str(found), None)
-    # SchedulerMixin itself, and what diffusers exports in place of a scheduler whose package is missing, take no step.
+    # SchedulerMixin itself, and what diffusers exports in place of a scheduler whose package is missing, cannot take a step.
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin) and hasattr(kind, "step")):
         raise ValueError(
             f"{path} names {found!r}, which is no scheduler of diffusers {diffusers.__version__}: save the pipeline with one, "

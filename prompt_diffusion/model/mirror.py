@@ -1,6 +1,6 @@
 """The store's mirror of a hub's repositories: ``{store}/mirror/bases/{repository}``, for machines that reach no hub.
 
-A copy counts once its digests stand beside it, and is used only where every file still has them.
+A copy counts once its digests are beside it, and is used only where every file still has them.
 """
 
 import json
@@ -24,7 +24,7 @@ def mirror_base(repository: str, store_root: str, place: Path | None = None) -> 
     """Copy what is read of a repository (``name`` or ``name@revision``: a base or a ControlNet) into the store's mirror.
 
     ``place`` is a local folder that holds it, None asks the hub. Returns the SHA-256 of each file by its path. ValueError where
-    nothing of it is there.
+    no file of it is found.
     """
     folder = place or fetch_repository(repository)
     paths = sorted({path for pattern in FILES for path in folder.glob(pattern) if path.is_file()})
@@ -42,7 +42,7 @@ def mirror_base(repository: str, store_root: str, place: Path | None = None) -> 
 def find_model(reference: str, store_root: str, cache_dir: Path) -> str:
     """Return a reference that every process of this machine can open: of a mirrored repository, the mirror's copy.
 
-    The mirror goes before the hub, where a name without a revision may stand for other files tomorrow. ValueError names a
+    The mirror takes precedence over the hub, where a name without a revision may mean other files tomorrow. ValueError names a
     mirrored file that is not what was mirrored.
     """
     if is_hub_reference(reference):

@@ -130,7 +130,7 @@ class PromptDiffusionPipeline(
 
     @property
     def interrupt(self) -> bool:
-        """Whether the steps that are left are left out; a callback may set ``_interrupt``."""
+        """Whether the remaining steps are skipped; a callback may set ``_interrupt``."""
         return self._interrupt
 
     @torch.no_grad()
@@ -164,14 +164,14 @@ class PromptDiffusionPipeline(
     ) -> PromptDiffusionOutput:
         """Do to each query what its example pair shows.
 
-        A batch is as many images as there are queries, prompts or pairs; one of each serves all, or there is one an image.
+        A batch is as many images as there are queries, prompts or pairs; a single one serves all, or there is one per image.
 
         Args:
             prompt: Text; "" lets the example pair decide alone. What the text encoder cannot read is logged.
             example_pair: (source, target), of one size; a list of such pairs, whose features are averaged; or None, which
-                stands for a mid-grey pair. CN(FT) models take None alone.
+                stands for a mid-grey pair. CN(FT) models accept only None.
             query: The images to transform.
-            image: The same by the name that diffusers' ControlNet pipelines have for it.
+            image: The same, under the name that diffusers' ControlNet pipelines use.
             negative_prompt: Text of the unconditional branch, which keeps the example pair and the query, as published.
             prompt_embeds: N, L, C in place of the prompt, such as ``encode_prompt`` gives.
             negative_prompt_embeds: N, L, C in place of the negative prompt.
@@ -181,13 +181,13 @@ class PromptDiffusionPipeline(
                 (arXiv 2305.08891, section 3.4).
             num_inference_steps: Denoising steps; None takes the model's own.
             controlnet_conditioning_scale: Weight of the ControlNet's residuals.
-            control_guidance_start: The part of the steps before which the ControlNet takes no part, 0 to 1.
-            control_guidance_end: The part of the steps after which it takes none.
+            control_guidance_start: The fraction of the steps before which the ControlNet is off, 0 to 1.
+            control_guidance_end: The fraction of the steps after which it is off.
             num_images_per_prompt: Images for each of the batch, next to each other in the output.
             eta: DDIM's share of fresh noise; other schedulers have none.
             generator: One for each image makes an image independent of its batch; one alone serves all in turn.
             latents: The noise to start from, of variance 1: images, channels, height and width in latents. None draws it.
-            clip_skip: Layers of the text encoder that are left out at its end.
+            clip_skip: How many of the text encoder's last layers are left out.
             height: Pixels of the output; None takes ``image_size``, what the model was trained at. Images of another size are
                 cut to its aspect around their centre, as in training, and resized once, by Lanczos.
             width: As height.
@@ -249,7 +249,7 @@ class PromptDiffusionPipeline(
             )
             denoised = denoise(self, start, device, callback_on_step_end, callback_on_step_end_tensor_inputs)
             images = denoised if output_type == "latent" else write_images(self._decode(denoised), output_type)
-        finally:  # also after an error: memory is given back
+        finally:  # also after an error: memory is freed
             self.maybe_free_model_hooks()
         if not return_dict:
             return (images,)  # type: ignore[return-value]  # what diffusers' pipelines do, and few ask for
@@ -294,21 +294,21 @@ class PromptDiffusionPipeline(
         output_type: OutputType = "pil",
         **options: Any,  # noqa: ANN401 - a plain call's
     ) -> EditingOutput:
-        """Make a picture anew that keeps its layout: image to condition map, then map to image with a new caption.
+        """Recreate a picture, keeping its layout: image to condition map, then map to image with a new caption.
 
         Args:
             image: The pictures to edit.
             prompt: What the new ones show.
             condition: What is kept of the pictures: ``depth``, ``hed``, ``seg``, or another that the model was trained on.
-            example_pair: (picture, its map), or a list of them: shown so in the first step and reversed in the second. None
-                leaves it to the text alone ("depth map") which map is made.
+            example_pair: (picture, its map), or a list of them: shown as given in the first step and reversed in the second.
+                With None the text alone ("depth map") decides which map is made.
             map_guidance_scale: Guidance weight of the first step; None takes that of the second.
             map_num_inference_steps: Denoising steps of the first step; None takes those of the second.
-            output_type: As of a plain call, for pictures and maps.
-            options: Further arguments of a plain call; of a list of generators each draws both steps of its image.
+            output_type: As for a plain call, for pictures and maps.
+            options: Further arguments of a plain call; in a list of generators, each draws both steps of its image.
 
         Raises:
-            ValueError: As a plain call, and for a condition that there is no vision task of.
+            ValueError: As a plain call, and for a condition without a vision task.
         """
         own = {"guidance_scale": map_guidance_scale, "num_inference_steps": map_num_inference_steps}
         return edit_by_text(self, image, prompt, condition, example_pair, own, output_type, options)
@@ -355,7 +355,7 @@ class PromptDiffusionPipeline(
 
 
 def _choose_query(query: Images | None, image: Images | None) -> Images:
-    """Return the images to transform, by whichever of their two names they came."""
+    """Return the images to transform, whichever of the two arguments was used."""
     if query is not None and image is not None:
         raise ValueError("query and image are two names of one argument: give one of them")
     if query is None and image is None:

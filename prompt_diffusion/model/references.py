@@ -40,7 +40,7 @@ def base_folder(base: str) -> Path:
     """Return the local folder of a base: ``demo-base``, a folder, or a hub's repository (``name`` or ``name@revision``).
 
     A repository's files are fetched into the hub's own cache, or found there. ValueError, in one sentence, where they are
-    not and the hub cannot be reached.
+    missing and the hub cannot be reached.
     """
     if base == DEMO_BASE:
         return DEMO_BASE_FOLDER
@@ -63,7 +63,7 @@ def controlnet_folder(controlnet: str, base: str) -> Path:
 
 @lru_cache(maxsize=32)
 def base_digest(base: str, parts: tuple[str, ...] | None = None) -> str:
-    """Return what identifies a base, or those of its parts, in fingerprints.
+    """Return what identifies a base, or the given parts of it, in fingerprints.
 
     It is the digest of the weights' float32 values and of the configurations, so that a copy in half precision whose values
     are the same, or a pipeline that was trained with that part frozen, has the same. ValueError names a part that is missing.
@@ -99,7 +99,7 @@ def fetch_repository(reference: str) -> Path:
 def download_snapshot(reference: str, patterns: Sequence[str]) -> Path:
     """Return the local snapshot of what the patterns name in a hub's repository, ``name`` or ``name@revision``.
 
-    OSError or ValueError where the hub does not give it.
+    OSError or ValueError where the hub does not provide it.
     """
     from huggingface_hub import snapshot_download
 

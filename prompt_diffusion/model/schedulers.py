@@ -1,4 +1,4 @@
-"""Which of diffusers' schedulers a pipeline can sample with, and what their steps take beside the prediction."""
+"""Which of diffusers' schedulers a pipeline can sample with, and what their steps take besides the prediction."""
 
 import inspect
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
 def choose_step_options(
     scheduler: SchedulerMixin, eta: float, generators: Sequence[torch.Generator | None] | None
 ) -> dict[str, Any]:
-    """Return what of DDIM's ``eta`` and the generators, one an image, the scheduler's step takes."""
+    """Return those of DDIM's ``eta`` and the generators, one per image, that the scheduler's step takes."""
     known = inspect.signature(scheduler.step).parameters
     options = {"eta": eta, "generator": generators}
     return {name: value for name, value in options.items() if name in known}

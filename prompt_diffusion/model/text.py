@@ -46,11 +46,11 @@ class CallTexts:
     negatives: list[str] | Tensor
 
     def repeat(self, count: int) -> Self:
-        """Return one of each for each of a batch of ``count``; one alone serves all."""
+        """Return one of each per element of a batch of ``count``; a single one serves all."""
         return replace(self, prompts=_repeat(self.prompts, count), negatives=_repeat(self.negatives, count))
 
     def convert(self, change: Callable[[str], str]) -> Self:
-        """Return the same with every text changed; embeddings stay."""
+        """Return a copy with every text changed; embeddings stay."""
         prompts, negatives = (
             [change(text) for text in texts] if isinstance(texts, list) else texts
             for texts in (self.prompts, self.negatives)
@@ -91,7 +91,7 @@ class CallTexts:
 def read_texts(
     prompt: object, prompt_embeds: object, negative_prompt: object, negative_prompt_embeds: object, channels: int
 ) -> CallTexts:
-    """Return the texts of a call; ValueError for what is no text and no embedding, for two forms of one, and for no prompt."""
+    """Return the texts of a call; ValueError for what is neither text nor embedding, for both at once, and for no prompt."""
     if prompt is None and prompt_embeds is None:
         raise ValueError('give a prompt ("" lets the example pair decide alone) or prompt_embeds')
     given = {"prompt": (prompt, prompt_embeds), "negative_prompt": (negative_prompt or None, negative_prompt_embeds)}
@@ -105,7 +105,7 @@ def read_texts(
 
 
 def check_clip_skip(clip_skip: object, text_encoder: CLIPTextModel) -> int | None:
-    """Return how many of the encoder's last layers are left out; ValueError for more than it has, and for no whole number."""
+    """Return how many of the encoder's last layers are left out; ValueError for more than it has, or not a whole number."""
     if clip_skip is None:
         return None
     layers = text_encoder.config.num_hidden_layers
@@ -143,7 +143,7 @@ def find_cut_text(tokenizer: CLIPTokenizer, text: str) -> str:
     tokens = tokenizer(text, return_offsets_mapping=True, verbose=False)
     if len(tokens.input_ids) <= longest:
         return ""
-    # the last place is the end's own
+    # the last place is the end token's
     first_cut, _ = tokens.offset_mapping[longest - 1]
     return text[first_cut:]
 

@@ -1,11 +1,11 @@
-"""A tokenizer as somebody else wrote it: read from its folder, and refused in one sentence where it is none."""
+"""A tokenizer as somebody else wrote it: read from its folder, and refused in one sentence where it is not one."""
 
 from pathlib import Path
 
 from transformers import CLIPTextModel, CLIPTokenizer
 
 MAX_TEXT_BYTES = 32 << 20
-"""Of one file of a configuration or a tokenizer; CLIP's whole tokenizer has 2 MB."""
+"""The limit for one file of a configuration or a tokenizer; CLIP's whole tokenizer has 2 MB."""
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -19,7 +19,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def check_tokenizer(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, where: str) -> None:
-    """Raise ValueError where texts would become tokens, or more of them, than the text encoder has embeddings for."""
+    """Raise ValueError where texts would become tokens, or more tokens, than the text encoder has embeddings for."""
     config = text_encoder.config
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
@@ -34,7 +34,7 @@ def check_tokenizer(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, where
 
 
 def check_sizes(folder: Path) -> None:
-    """Raise ValueError for a text file of a model that is larger than any: reading it would take minutes and gigabytes."""
+    """Raise ValueError for a model's text file that is larger than any real one: reading one takes minutes and gigabytes."""
     for path in sorted(folder.glob("*")):
         if path.suffix in (".json", ".txt") and path.stat().st_size > MAX_TEXT_BYTES:
             raise ValueError(

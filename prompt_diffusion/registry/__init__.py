@@ -1,7 +1,6 @@
-"""MLflow's registered models, and loading them back; what a training tells MLflow meanwhile is in ``tracking``.
+"""MLflow's registered models, and loading them back; what a training logs to MLflow is in ``tracking``.
 
-Nothing that an artifact holds is ever executed: a model is safetensors and JSON, checked against digests, read by our own
-loader.
+Nothing in an artifact is ever executed: a model is safetensors and JSON, checked against digests and read by our own loader.
 """
 
 from prompt_diffusion.registry.download import fetch, load

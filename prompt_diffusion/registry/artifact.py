@@ -1,7 +1,7 @@
-"""What is uploaded as a model: one folder that our own loader, MLflow's scoring server and a hub's page all can use.
+"""What is uploaded as a model: one folder that our own loader, MLflow's scoring server and a hub can all use.
 
-``pipeline/`` holds the diffusers folder, the list of its digests and the model card; beside it lie ``facts.json`` and what
-MLflow needs to serve it: ``MLmodel``, three lines of code, and the requirements. The weights are there once.
+``pipeline/`` holds the diffusers folder, the list of its digests and the model card; beside it are ``facts.json`` and what
+MLflow needs to serve it: ``MLmodel``, three lines of code, and the requirements. The weights are stored once.
 """
 
 import json
@@ -19,12 +19,12 @@ _CODE_FILE = "model_code.py"
 
 
 def name_artifact(name: str) -> str:
-    """Return where, among a run's artifacts, the model lies that is registered under a name."""
+    """Return the path, among a run's artifacts, of the model that is registered under a name."""
     return f"models/{name}"
 
 
 def write_artifact(root: Path, facts: ModelFacts, listing: bytes, digest: str, run_id: str) -> None:
-    """Write, around a pipeline that lies in ``root/pipeline``, all that makes it a model of MLflow."""
+    """Write everything around a pipeline in ``root/pipeline`` that makes it an MLflow model."""
     (root / PIPELINE_FOLDER / DIGESTS_FILE).write_bytes(listing)
     (root / FACTS_FILE).write_text(facts.model_dump_json(indent=2))
     shutil.copyfile(Path(__file__).with_name(_CODE_FILE), root / _CODE_FILE)
@@ -36,7 +36,7 @@ def write_artifact(root: Path, facts: ModelFacts, listing: bytes, digest: str, r
 
 
 def _write_mlmodel(root: Path, digest: str, run_id: str) -> None:
-    """Write MLflow's description by hand: what ``save_model`` writes names folders of this machine, and copies the weights."""
+    """Write MLflow's description by hand: ``save_model`` would name folders of this machine, and copy the weights."""
     import mlflow
     from mlflow.models import Model
 

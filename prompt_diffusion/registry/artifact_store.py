@@ -1,4 +1,4 @@
-"""A version's artifact where it lies, whatever became of the run that it was uploaded to: reading, checking, uploading."""
+"""A version's artifact in its store, whatever became of the run that it was uploaded to: read, check, upload."""
 
 import tempfile
 from pathlib import Path
@@ -27,14 +27,14 @@ def find_local(uri: str) -> Path | None:
 
 
 def find_damage(location: str, digests: dict[str, str], listing_digest: str, settings: Settings) -> list[str]:
-    """Return the files of an artifact that are missing or not what was registered, by reading it through."""
+    """Return the files of an artifact that are missing or not as registered; reads every file."""
     wanted: dict[str, str | None] = {f"{PIPELINE_FOLDER}/{path}": sha256 for path, sha256 in digests.items()}
     wanted |= {f"{PIPELINE_FOLDER}/{DIGESTS_FILE}": listing_digest} | dict.fromkeys(_SERVED_FILES)
     return [path for path, sha256 in wanted.items() if not _is_whole(location, path, sha256, settings)]
 
 
 def _is_whole(location: str, path: str, sha256: str | None, settings: Settings) -> bool:
-    """Say whether a file is there and has the digest (None: whatever it holds)."""
+    """Say whether a file exists and has the digest (None: any content)."""
     local = find_local(location)
     if local is not None:
         file = local / path
@@ -45,7 +45,7 @@ def _is_whole(location: str, path: str, sha256: str | None, settings: Settings) 
 
 
 def read_artifact(location: str, path: str, settings: Settings) -> bytes | None:
-    """Return a file of an artifact, None where it is not there any more."""
+    """Return a file of an artifact, None if it no longer exists."""
     local = find_local(location)
     if local is not None:
         return (local / path).read_bytes() if (local / path).is_file() else None
@@ -55,12 +55,12 @@ def read_artifact(location: str, path: str, settings: Settings) -> bytes | None:
 
 
 def upload(location: str, folder: Path, settings: Settings) -> None:
-    """Upload all that a local folder holds, over what lies at the location."""
+    """Upload everything in a local folder, replacing what is at the location."""
     _open(location, settings).log_artifacts(str(folder))
 
 
 def upload_file(location: str, path: str, content: bytes, settings: Settings) -> None:
-    """Upload one file of an artifact, over what lies there."""
+    """Upload one file of an artifact, replacing an existing one."""
     parent, _, name = path.rpartition("/")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / name
@@ -69,7 +69,7 @@ def upload_file(location: str, path: str, content: bytes, settings: Settings) ->
 
 
 def _download(location: str, path: str, folder: Path, settings: Settings) -> Path | None:
-    """Fetch a file; None where it is not there."""
+    """Fetch a file; None if it does not exist."""
     repository = _open(location, settings)
     parent = path.rpartition("/")[0] or None
     if path not in {file.path for file in repository.list_artifacts(parent)}:

@@ -1,8 +1,8 @@
-"""Local copies of registered models: ``{cache_dir}/models/{digest}``, complete and right each time they are handed out.
+"""Local copies of registered models: ``{cache_dir}/models/{digest}``, complete and correct each time they are used.
 
-The digest is that of the list of all files' digests, which lies beside the folder as ``{digest}.json``. A copy is never taken
-on trust: every file's SHA-256 is computed each time, and one that is missing or wrong is fetched again. So a process that is
-killed while it fetches leaves nothing that counts, and a later one goes on from the files that it finished.
+The digest is that of the list of all files' digests, which is beside the folder as ``{digest}.json``. A copy is never
+trusted: every file's SHA-256 is computed each time, and a missing or wrong file is fetched again. So a process that is
+killed during a fetch leaves nothing that counts as a copy, and a later one resumes from the files that it finished.
 """
 
 import json
@@ -27,7 +27,7 @@ MODELS = "models"
 """The folder of the cache that holds them."""
 DIGESTS_FILE = "digests.json"
 CARD_FILE = "README.md"
-_CHECKS_AT_ONCE = 4  # hashing lets go of the interpreter
+_CHECKS_AT_ONCE = 4  # hashing releases the GIL
 _FETCHES_AT_ONCE = 4
 
 Fetch = Callable[[str, Path], None]
@@ -45,7 +45,7 @@ def complete_copy(models: Path, digest: str, fetch: Fetch, reference: str) -> Pa
         digests = _read_listing(models / f"{digest}.json", digest, fetch, reference)
         folder.mkdir(exist_ok=True)
         for stranger in [path for path in folder.rglob("*") if path.is_file()]:
-            # a file that is not registered could be loaded in the place of one that is
+            # a file that is not registered could be loaded instead of one that is
             if stranger.relative_to(folder).as_posix() not in {*digests, CARD_FILE}:
                 stranger.unlink()
         with ThreadPoolExecutor(_CHECKS_AT_ONCE) as pool:
@@ -56,7 +56,7 @@ def complete_copy(models: Path, digest: str, fetch: Fetch, reference: str) -> Pa
         with ThreadPoolExecutor(_FETCHES_AT_ONCE) as pool:
             list(pool.map(lambda path: _fetch_file(folder / path, path, digests[path], fetch, reference), missing))
         if not (folder / CARD_FILE).is_file():
-            with suppress(ValueError):  # it is for people who look into the folder: no model needs it
+            with suppress(ValueError):  # it is for people who look into the folder; no model needs it
                 fetch(CARD_FILE, folder / CARD_FILE)
     return folder.resolve()
 
@@ -67,7 +67,7 @@ def is_read(path: str) -> bool:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name, which takes no room, or copy it where the file system cannot."""
+    """Hard-link a file, which takes no space, or copy it if the file system cannot link."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source.resolve(), target)
@@ -76,7 +76,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def _read_listing(place: Path, digest: str, fetch: Fetch, reference: str) -> dict[str, str]:
-    """Return the digests of all files by path: from the local copy of the list, or fetched."""
+    """Return the digests of all files by path, from the local copy of the list or fetched."""
     if not place.is_file() or digest_file(place) != digest:
         _fetch_file(place, DIGESTS_FILE, digest, fetch, reference)
     digests: dict[str, str] = json.loads(place.read_bytes())
@@ -119,7 +119,7 @@ def digest_listing(digests: dict[str, str]) -> tuple[bytes, str]:
 def check_folder(folder: Path, digest: str | None) -> None:
     """Raise ValueError, by name, for a file of a registered pipeline that is not what its list of digests says.
 
-    ``digest`` is the list's own; None where it is not known: then only the files are checked against the list.
+    ``digest`` is the list's own; if it is None (not known), only the files are checked against the list.
     """
     listing = (folder / DIGESTS_FILE).read_bytes()
     if digest is not None and compute_digest(listing) != digest:

@@ -1,4 +1,4 @@
-"""The model card: Markdown, rendered from a version's facts and what was measured of it."""
+"""The model card: Markdown, rendered from a version's facts and measurements."""
 
 import re
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 MAX_DESCRIPTION = 5000
-"""Characters that MLflow's databases hold of a description."""
+"""Maximum length of a description in MLflow's databases, in characters."""
 MEASURES = {
     "rmse": "RMSE of the map, RGB in [0, 1]",
     "frechet_distance": "Fréchet distance of EfficientNet features (no FID)",
@@ -29,7 +29,7 @@ def render_card(facts: ModelFacts, uri: str, metrics: Mapping[str, float]) -> st
 
 
 def render_description(facts: ModelFacts, uri: str, metrics: Mapping[str, float]) -> str:
-    """Return the card for MLflow's page: no front matter, and no longer than its databases hold."""
+    """Return the card for MLflow's page: no front matter, and no longer than its databases allow."""
     whole = _render(facts, uri, metrics, front_matter=False, with_recipe=True)
     if len(whole) <= MAX_DESCRIPTION:
         return whole
@@ -48,7 +48,7 @@ def _render(facts: ModelFacts, uri: str, metrics: Mapping[str, float], *, front_
         measures=MEASURES,
         recipe=flatten(facts.configuration) if with_recipe else {},
         front_matter=front_matter,
-        # a model is a derivative of its base: the base's licence is the one that binds who passes it on
+        # a model is a derivative of its base: whoever redistributes it is bound by the base's licence
         hub_licence=_name_licence(facts.licences.get("base", UNKNOWN)),
         hub_base=facts.base.partition("@")[0] if HUB_NAME.fullmatch(facts.base) else None,
     )

@@ -1,4 +1,4 @@
-"""From a reference to a local folder whose files are what was registered, and to a pipeline."""
+"""From a reference to a local folder whose files are as registered, and to a pipeline."""
 
 import shutil
 import tempfile
@@ -30,18 +30,18 @@ def load(
     """Load a pipeline.
 
     Args:
-        reference: ``models:/name@alias``, ``models:/name/3``, ``models:/name`` (its champion, or its challenger as long as
-            there is no champion), a folder in diffusers' layout, or a hub's repository (``name`` or ``name@revision``).
+        reference: ``models:/name@alias``, ``models:/name/3``, ``models:/name`` (its champion, or its challenger if
+            there is no champion), a folder in diffusers' layout, or a hub repository (``name`` or ``name@revision``).
         settings: Where the registry and the cache are; None reads the environment.
-        device: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` takes a GPU where there is one.
-        dtype: What to compute in, a type of torch or its name; None is float32.
+        device: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` uses a GPU if there is one.
+        dtype: The precision to compute in, a torch dtype or its name; None means float32.
 
     Raises:
         ValueError: In one sentence, a reference that leads nowhere, a registry that does not answer, or files that are not
             what was registered.
     """
     folder = fetch(str(reference), settings or load_settings())
-    import torch  # nobody waits for it to hear of a mistyped reference
+    import torch  # imported late, so that a mistyped reference is reported at once
 
     from prompt_diffusion.model.load import load_pipeline
 
@@ -71,7 +71,7 @@ def fetch(reference: str, settings: Settings) -> Path:
 
 def find_pipeline(version: "ModelVersion", location: str) -> str:
     """Return the URI of the folder, in a version's artifact, that holds the pipeline and its digests."""
-    # what was registered before there was a served model around the pipeline is the pipeline's folder itself
+    # models registered before serving existed are the pipeline's folder itself
     return f"{location}/{PIPELINE_FOLDER}" if TITLE_TAG in version.tags else location
 
 

@@ -1,4 +1,4 @@
-"""What is known of a model beside its weights."""
+"""What is known about a model besides its weights."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ UNKNOWN = "unknown"
 
 
 class ModelFacts(FrozenModel):
-    """What a version says of its model, and what the model card is rendered from."""
+    """What a version records about its model, from which the model card is rendered."""
 
     title: str = Field(min_length=1)
     """What the model is, in a few words."""
@@ -19,16 +19,16 @@ class ModelFacts(FrozenModel):
     base: str = UNKNOWN
     """The model that it was trained from."""
     vision_tasks: tuple[str, ...] = ()
-    """The vision tasks that it was trained on; none where that is not known."""
+    """The vision tasks that it was trained on; empty if not known."""
     licences: dict[str, str] = {}
-    """Licence by part: ``base``, ``dataset``, ``code``, ``annotator depth_midas``; "unknown" where it is not known."""
+    """Licence by part: ``base``, ``dataset``, ``code``, ``annotator depth_midas``; "unknown" if not known."""
     configuration: dict[str, Any] = {}
-    """The recipe, as JSON values; nothing where it is not known."""
+    """The recipe, as JSON values; empty if not known."""
     datasets: dict[str, str] = {}
-    """What it was trained on: fingerprint or digest by role; nothing where it is not known."""
+    """What it was trained on: fingerprint or digest by role; empty if not known."""
     dataset_notes: dict[str, str] = {}
-    """What those are, by the same roles: where images come from and how many, what made maps."""
+    """Descriptions by the same roles: where images come from and how many, what made the maps."""
     limits: tuple[str, ...] = ()
     """What it cannot do, one sentence each."""
     notes: str = ""
-    """Anything else that a reader of the model card must know, in Markdown."""
+    """Anything else that readers of the model card must know, in Markdown."""

@@ -1,4 +1,4 @@
-"""What a sealed training says of itself: its recipe, its data, and the licences of all that went into it."""
+"""What a sealed training records: its recipe, its data, and the licences of everything that went into it."""
 
 import json
 import re
@@ -27,8 +27,8 @@ _SOURCE_LIMITS = {
 
 
 def collect_facts(model: Manifest) -> ModelFacts:
-    """Return what a version says of a sealed training; what cannot be found out is "unknown"."""
-    config = json.loads(model.read_file("config.json"))  # as it was sealed, whatever fields there are today
+    """Return a version's facts about a sealed training; what cannot be found out is "unknown"."""
+    config = json.loads(model.read_file("config.json"))  # as it was sealed, whatever fields exist today
     base = name_base(config["base"])
     data = dict(_open_data(model))
     pairs = {role: manifest.identity.config for role, manifest in data.items() if manifest.ref.stage == _PAIRS}
@@ -50,7 +50,7 @@ def collect_facts(model: Manifest) -> ModelFacts:
 
 
 def name_base(reference: str) -> str:
-    """Return what a base may be called in public: its own name, never a folder of this machine."""
+    """Return a base's public name, never a folder of this machine."""
     if reference == DEMO_BASE or (is_hub_reference(reference) and HUB_NAME.fullmatch(reference)):
         return reference
     _, mirrored, repository = reference.partition(f"{MIRROR}/")
@@ -69,7 +69,7 @@ def _title(config: Mapping[str, Any]) -> str:
 
 
 def _open_data(model: Manifest) -> Iterator[tuple[str, Manifest]]:
-    """Yield the sealed image pairs and condition maps that a training read, by role, as far as its store has them."""
+    """Yield the sealed image pairs and condition maps that a training read, by role, if its store has them."""
     for ancestor in list_inputs(model):
         if ancestor.manifest is not None and ancestor.input.stage in (_PAIRS, _MAPS):
             yield ancestor.input.role, ancestor.manifest
@@ -88,14 +88,14 @@ def _find_licences(model: Manifest, data: dict[str, Manifest], kinds: dict[str, 
                 continue
             spec = None if annotator is None else ANNOTATORS.get(annotator)
             if spec is not None and spec.weights is None:
-                continue  # arithmetic alone
+                continue  # only arithmetic
             licence = UNKNOWN if spec is None or spec.weights is None else spec.weights.licence
             found[f"annotator {annotator or role}"] = licence
     return found
 
 
 def _describe(manifest: Manifest) -> str:
-    """Return what a dataset is, in a few words."""
+    """Return a short description of a dataset."""
     config: dict[str, Any] = manifest.identity.config
     rows = f"{manifest.ref.rows:,} rows"
     if manifest.ref.stage == "ingest":

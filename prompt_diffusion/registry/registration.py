@@ -1,4 +1,4 @@
-"""Making a model a version: a sealed training, or a folder that was made elsewhere."""
+"""Registering a model as a version: a sealed training, or a folder that was made elsewhere."""
 
 import json
 import logging
@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 _DESCRIPTION = "Prompt Diffusion: in-context vision tasks by example pairs."
 _ROOM_PREFIX = "registering-"
-_MAX_TAG = 5000  # characters that MLflow's databases hold
+_MAX_TAG = 5000  # the limit of MLflow's databases, in characters
 
 
 def register_model(
@@ -55,11 +55,11 @@ def register_model(
 ) -> RegisteredModel:
     """Make a sealed training a model version and give it the alias; the same model is registered once.
 
-    Where the alias is None, no alias moves. A version that is there has its artifact read through, and what is missing or
-    altered of it is uploaded again. The version carries the training's configuration and fingerprint, the fingerprints of its
-    inputs, licences, a model card, and digests of every file. What trainings could not tell MLflow, because it was away or
-    they were killed, is delivered first. ConnectionError, within seconds, where the registry does not answer; ValueError, in
-    one sentence, for what it refuses.
+    If the alias is None, no alias moves. If the version exists, its artifact is checked, and what is missing or altered
+    is uploaded again. The version carries the training's configuration and fingerprint, the fingerprints of its
+    inputs, licences, a model card, and digests of every file. What trainings could not send to MLflow, because it was
+    unavailable or they were killed, is delivered first. ConnectionError, within seconds, if the registry does not answer;
+    a one-sentence ValueError for what it refuses.
     """
     knock(settings)
     deliver_outboxes(settings)
@@ -81,9 +81,9 @@ def register_folder(
 ) -> RegisteredModel:
     """Make a diffusers folder that was not trained here a model version and give it the alias.
 
-    ``name`` is the registered model, None the settings'. A folder with the same files is one version, whatever its facts; an
-    artifact that was damaged is made whole. ValueError for a folder that holds no Prompt Diffusion pipeline; ConnectionError,
-    within seconds, where the registry does not answer.
+    ``name`` is the registered model, None the settings'. A folder with the same files is one version, whatever its facts; a
+    damaged artifact is repaired. ValueError for a folder that holds no Prompt Diffusion pipeline; ConnectionError, within
+    seconds, if the registry does not answer.
     """
     paths = _list_files(folder)
     if name is not None:
@@ -103,10 +103,10 @@ def register_folder(
 
 
 def record_evaluation(model: ManifestRef, settings: Settings, metrics: Mapping[str, float]) -> list[RegisteredModel]:
-    """Add what was measured of a sealed training to every version of it, whatever it is called; none is made, no alias moves.
+    """Add measurements of a sealed training to all its versions, whatever their names; makes no version, moves no alias.
 
-    Empty where nobody registered the training, or its versions were deleted: the numbers stay in the table. Errors as
-    `register_model` raises them.
+    Empty if the training was never registered, or its versions were deleted: the numbers stay in the table. Errors as in
+    `register_model`.
     """
     knock(settings)
     with _open_registry(settings) as client:
@@ -120,13 +120,13 @@ def record_evaluation(model: ManifestRef, settings: Settings, metrics: Mapping[s
 
 
 def record_metrics(model: RegisteredModel, settings: Settings, metrics: Mapping[str, float]) -> None:
-    """Add numbers, such as benchmark cells, to a model version: to its run, as tags to be read beside it, and to its card."""
+    """Add numbers, such as benchmark cells, to a model version: to its run, to its tags and to its card."""
     with _open_registry(settings) as client:
         _record(client, settings, client.get_model_version(model.name, model.version), metrics)
 
 
 def describe_registration(model: RegisteredModel) -> str:
-    """Return in one sentence which version a model is, and which alias moved to it from where."""
+    """Return one sentence: which version a model is, and which alias moved to it from where."""
     if model.alias is None:
         return f"the model is {model.uri}; no alias was moved to it"
     before = f"before it was version {model.previous}" if model.previous else "there was none before"
@@ -140,7 +140,7 @@ def describe_registration(model: RegisteredModel) -> str:
 def _open_registry(settings: Settings) -> Iterator["MlflowClient"]:
     """Give a client; of this machine's processes and threads, one registers at a time: the same model makes one version.
 
-    What MLflow raises becomes one sentence: a ConnectionError, which another try may end, or a ValueError, which none does.
+    What MLflow raises becomes one sentence: a ConnectionError, if a retry may help, otherwise a ValueError.
     """
     with hold(settings.cache_dir / MODELS / "register.lock"):
         client = connect(settings)
@@ -156,25 +156,25 @@ def _open_registry(settings: Settings) -> Iterator["MlflowClient"]:
 
 @contextmanager
 def _make_room(settings: Settings) -> Iterator[Path]:
-    """Give a folder beside the cache: a model is larger than what a machine's temporary folder may hold."""
+    """Yield a folder beside the cache: a model may be too large for the machine's temporary folder."""
     place = settings.cache_dir / MODELS
-    for left in place.glob(f"{_ROOM_PREFIX}*"):  # of a process that was killed: one registers at a time
+    for left in place.glob(f"{_ROOM_PREFIX}*"):  # left by a process that was killed: only one registers at a time
         shutil.rmtree(left)
     with tempfile.TemporaryDirectory(dir=place, prefix=_ROOM_PREFIX) as folder:
         yield Path(folder) / "model"
 
 
 def _list_training(manifest: Manifest) -> dict[str, str]:
-    """Return the digests of a training's pipeline by path: of what the loader reads."""
+    """Return the digests, by path, of the files in a training's pipeline that the loader reads."""
     prefix = f"{PIPELINE_FOLDER}/"
     found = {file.path.removeprefix(prefix): file.sha256 for file in manifest.files if file.path.startswith(prefix)}
     return {path: sha256 for path, sha256 in found.items() if is_read(path)}
 
 
 def _stage_training(manifest: Manifest, root: Path) -> None:
-    """Lay a training's pipeline out below ``root``, checked.
+    """Put a training's pipeline below ``root``, checked.
 
-    From a store on this machine the files get a second name, no copy; from another they are fetched.
+    From a store on this machine the files are hard-linked, not copied; from another they are fetched.
     """
     store = local_path(manifest.ref.uri)
     if store is None:
@@ -186,11 +186,11 @@ def _stage_training(manifest: Manifest, root: Path) -> None:
         path = f"{PIPELINE_FOLDER}/{name}"
         link_or_copy(store / path, root / path)
         if digest_file(root / path) != sha256:
-            manifest.read_file(path)  # says what is wrong with it, and the way out
+            manifest.read_file(path)  # raises an error that says what is wrong, and the remedy
 
 
 def _list_files(folder: Path) -> list[str]:
-    """Return the paths of what is read of a pipeline: neither pickles nor other precisions; ValueError for no pipeline."""
+    """Return the paths of the files to load: neither pickles nor other precisions; ValueError if this is not a pipeline."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: name one that holds a pipeline in diffusers' layout")
     found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
@@ -202,7 +202,7 @@ def _list_files(folder: Path) -> list[str]:
 
 
 def _add_base(client: "MlflowClient", facts: ModelFacts) -> ModelFacts:
-    """Say which version a training began from, where that was a registered model, and take its licences over."""
+    """Record which version a training started from, if that was a registered model, and inherit its licences."""
     digest = facts.base.removeprefix(REGISTERED_BASE)
     if digest == facts.base:
         return facts
@@ -227,15 +227,15 @@ def _obtain_version(
     run_name: str,
     stage: Callable[[Path], ModelFacts],
 ) -> "ModelVersion":
-    """Return the version that has the fingerprint and these very files, its artifact whole; one is made where there is none.
+    """Return the version with the fingerprint and exactly these files, its artifact complete; make one if there is none.
 
-    ``stage`` lays the pipeline out below a folder, and says what is known of it.
+    ``stage`` puts the pipeline below a folder, and returns what is known about it.
     """
     listing, digest = digest_listing(digests)
     name = settings.registered_model
     for version in _search(client, f"name = '{name}' and tags.{FINGERPRINT_TAG} = '{fingerprint}'"):
         if version.tags.get(DIGEST_TAG) != digest:
-            continue  # trained again on another machine, say: other weights are another version
+            continue  # retrained on another machine, for example: other weights are another version
         location = find_location(client, version)
         damaged = find_damage(location, digests, digest, settings) if TITLE_TAG in version.tags else []
         if damaged:
@@ -257,16 +257,17 @@ def _obtain_version(
 
 
 def _choose_location(client: "MlflowClient", run_id: str, name: str) -> str:
-    """Return where among a run's artifacts the model goes: nowhere that another version, or a copy of one, lives."""
+    """Return the model's path among a run's artifacts: one that no other version, or copy of one, uses."""
     taken = {find_location(client, version) for version in client.search_model_versions(f"run_id = '{run_id}'")}
     place = f"{client.get_run(run_id).info.artifact_uri}/{name_artifact(name)}"
-    return next(each for each in (place, *(f"{place}-{number}" for number in count(2))) if each not in taken)
+    candidates = chain([place], (f"{place}-{number}" for number in count(2)))
+    return next(each for each in candidates if each not in taken)
 
 
 def _create_version(
     client: "MlflowClient", name: str, facts: ModelFacts, fingerprint: str, digest: str, run_id: str, location: str
 ) -> "ModelVersion":
-    """Make what was uploaded to a location a version."""
+    """Make the files uploaded to a location a version."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -293,7 +294,7 @@ def _name(
     alias: str | None,
     metrics: Mapping[str, float],
 ) -> RegisteredModel:
-    """Give a version its alias, and its card once it has metrics or none yet."""
+    """Give a version its alias, and its card if it has metrics or no card yet."""
     if metrics or not version.description:
         _record(client, settings, version, metrics)
     previous = None
@@ -310,7 +311,7 @@ def _name(
 
 
 def _record(client: "MlflowClient", settings: Settings, version: "ModelVersion", metrics: Mapping[str, float]) -> None:
-    """Keep metrics, and render the card of all that is known now."""
+    """Store metrics, and render the card from everything known now."""
     uri = f"{SCHEME}{version.name}/{version.version}"
     if metrics and not _log_metrics(client, version.run_id, metrics):
         logger.info("the run of %s was deleted: its numbers stand beside the version alone", uri)
@@ -332,14 +333,17 @@ def _record(client: "MlflowClient", settings: Settings, version: "ModelVersion",
 
 
 def _log_metrics(client: "MlflowClient", run_id: str, metrics: Mapping[str, float]) -> bool:
-    """Add metrics to a run; False where a person deleted it."""
+    """Add metrics to a run; False if it was deleted."""
     from mlflow.exceptions import MlflowException
 
     try:
         if client.get_run(run_id).info.lifecycle_stage != "active":
             return False
     except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # of a run, of an empty id
+        if error.error_code not in (
+            "RESOURCE_DOES_NOT_EXIST",
+            "INVALID_PARAMETER_VALUE",
+        ):  # for a deleted run, for an empty id
             raise
         return False
     for name, value in metrics.items():

@@ -1,6 +1,6 @@
 """A registered model behind MLflow's scoring server: base64 images in, base64 images out.
 
-Loaded by ``mlflow.pyfunc`` alone (see ``model_code.py``). The weights are safetensors beside it; the code is this package's.
+Loaded only by ``mlflow.pyfunc`` (see ``model_code.py``). The weights are safetensors beside it; the code is this package's.
 """
 
 import base64
@@ -42,20 +42,20 @@ DIGEST_KEY = "digests_sha256"
 
 
 class Params(FrozenModel):
-    """What a request may set beside its rows; None is the model's own default."""
+    """What a request may set besides its rows; None means the model's own default."""
 
     guidance_scale: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
-    """Guidance weight; 1 or less is none."""
+    """Guidance weight; 1 or less means none."""
     num_inference_steps: int | None = Field(default=None, ge=1, le=1000)
     """Denoising steps."""
     controlnet_conditioning_scale: float | None = Field(default=None, ge=0, le=10, allow_inf_nan=False)
-    """Weight of what the images say."""
+    """Weight of the images."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Seed of every row: an image depends on its row and the seed alone."""
 
 
 def build_signature() -> ModelSignature:
-    """Return what a request holds and what an answer does: images are base64 of PNG or JPEG files."""
+    """Return the schemas of a request and a response: images are base64 of PNG or JPEG files."""
     columns = [ColSpec("string", "prompt", required=False), ColSpec("string", "negative_prompt", required=False)]
     columns += [ColSpec("string", name) for name in IMAGE_COLUMNS]
     kinds = {float | None: "double", int | None: "long", int: "long"}
@@ -69,12 +69,12 @@ def build_signature() -> ModelSignature:
 
 
 class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
-    """A pipeline as MLflow calls it."""
+    """A pipeline behind MLflow's interface."""
 
     _pipeline: "PromptDiffusionPipeline"
 
     def load_context(self, context: Any) -> None:  # noqa: ANN401 - MLflow's own class
-        """Load the pipeline beside the code, its files checked; on a GPU where there is one."""
+        """Load the pipeline beside the code, its files checked; on a GPU if there is one."""
         refuse_unknown_names()
         from prompt_diffusion.device import AUTO, choose_device
         from prompt_diffusion.model.load import load_pipeline
@@ -92,7 +92,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         model_input: pd.DataFrame,
         params: dict[str, Any] | None = None,
     ) -> pd.DataFrame:
-        """Return one row with one image for each row of the request; a mistake in it is answered with status 400."""
+        """Return one row with one image per input row; a mistake in the request gets status 400."""
         patience = _Patience(self._ending)
         try:
             chosen = Params.model_validate(params or {})
@@ -106,7 +106,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         return pd.DataFrame({"image": images})
 
     def _check_size(self, num_rows: int, params: Params) -> None:
-        """Refuse what would hold the server for everybody else."""
+        """Refuse a request that would block the server for everybody else."""
         if not 1 <= num_rows <= MAX_ROWS:
             raise ValueError(f"a request has 1 to {MAX_ROWS} rows, this one has {num_rows}")
         steps = params.num_inference_steps or self._pipeline.default_num_inference_steps
@@ -140,10 +140,10 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
 
 def refuse_unknown_names() -> None:
-    """Have MLflow answer a request of our models with status 400 where it would drop a column or a parameter with a log line.
+    """Make MLflow answer with status 400, for our models, where it would only log that it drops a column or parameter.
 
-    MLflow drops them before it calls the model, and offers no setting; so its check is called through ours. Other models that
-    are loaded in this process are none of our business: ours are known by the names of their parameters.
+    MLflow drops them before it calls the model, and has no setting for this, so our check wraps its own. Other models in
+    this process are left alone: ours are recognised by the names of their parameters.
     """
     check = mlflow.pyfunc._validate_prediction_input
     if getattr(check, "refuses_unknown_names", False):
@@ -171,16 +171,16 @@ def _refuse_strangers(kind: str, given: Any, known: list[str]) -> None:  # noqa:
 
 
 class _Patience:
-    """How long a request may go on: as long as the server waits for it, and until the server is told to end."""
+    """How long a request may run: until the server gives it up or is told to stop."""
 
     def __init__(self, ending: threading.Event) -> None:
         self._ending = ending
-        # Outside MLflow's server nobody gives up on a call.
+        # Outside MLflow's server there is no time limit on a call.
         seconds = MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.get() if _MLFLOW_IS_IN_SERVING_ENVIRONMENT.get() else None
         self._deadline = math.inf if seconds is None else time.monotonic() + seconds
 
     def check(self) -> None:
-        """Raise, with status 503, where nobody waits for the answer any more."""
+        """Raise, with status 503, if nobody is waiting for the response any more."""
         if self._ending.is_set():
             raise MlflowException("the server is ending: send the request again later", TEMPORARILY_UNAVAILABLE)
         if time.monotonic() > self._deadline:
@@ -193,7 +193,7 @@ class _Patience:
 
     @contextmanager
     def hold(self, lock: threading.Lock) -> Iterator[None]:
-        """Hold the lock inside the block, waiting for it no longer than is waited for us."""
+        """Hold the lock inside the block, waiting for it no longer than the request may run."""
         while not lock.acquire(timeout=1.0):
             self.check()
         try:
@@ -204,9 +204,9 @@ class _Patience:
 
 
 def _tell_end(ending: threading.Event) -> None:
-    """Have a SIGTERM set the event before it reaches the server, which then waits for the requests that it has.
+    """Make a SIGTERM set the event before it reaches the server, which then waits for its running requests.
 
-    A process that has no handler of its own ends at once without ours.
+    Without this, a process that has no handler of its own ends at once.
     """
     if threading.current_thread() is not threading.main_thread():
         return
@@ -222,7 +222,7 @@ def _tell_end(ending: threading.Event) -> None:
 
 
 def read_image(text: object, name: str) -> Pixels:
-    """Decode a base64 image, with or without a ``data:`` prefix; ValueError, in one sentence, names what it cannot take."""
+    """Decode a base64 image, with or without a ``data:`` prefix; a one-sentence ValueError names what it cannot read."""
     if not isinstance(text, str):
         raise ValueError(f"{name} is no text: images are base64 of PNG or JPEG files")
     content = text.rpartition("base64,")[2] if text.startswith("data:") else text

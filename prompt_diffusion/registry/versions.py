@@ -31,11 +31,11 @@ class RegisteredModel(FrozenModel):
     version: str
     """Its version."""
     alias: str | None
-    """The alias that was given to it now; None where it kept what it had."""
+    """The alias that it was just given; None if none was."""
     run_id: str
-    """MLflow's run, where its metrics stand."""
+    """The MLflow run that holds its metrics."""
     previous: str | None = None
-    """The version that the alias pointed to before; None where there was none."""
+    """The version that the alias pointed to before; None if there was none."""
 
     @property
     def uri(self) -> str:
@@ -44,7 +44,7 @@ class RegisteredModel(FrozenModel):
 
 
 class ModelVersionSummary(FrozenModel):
-    """What a list of models shows of one version."""
+    """What a list of models shows about one version."""
 
     name: str
     """The registered model."""
@@ -67,12 +67,12 @@ class ModelVersionSummary(FrozenModel):
     licences: dict[str, str]
     """Licence by part."""
     metrics: dict[str, float]
-    """What was measured of it: ``{metric}/{vision task}`` of a benchmark cell, lower is better."""
+    """Its measurements: ``{metric}/{vision task}`` of a benchmark cell, lower is better."""
 
 
 @contextmanager
 def say_registry(settings: Settings) -> Iterator["MlflowClient"]:
-    """Give a client of a registry that answers, and turn what MLflow raises into one sentence, a ValueError."""
+    """Yield a client of a registry that answers, and turn MLflow's errors into a one-sentence ValueError."""
     database = find_database(settings.tracking_uri)
     if database is not None and not database.is_file():
         raise ValueError(
@@ -98,8 +98,8 @@ def say_registry(settings: Settings) -> Iterator["MlflowClient"]:
 def find_version(client: "MlflowClient", reference: str) -> "ModelVersion":
     """Return the version that ``models:/NAME@ALIAS``, ``models:/NAME/VERSION`` or ``models:/NAME`` names.
 
-    A name alone stands for its champion, and for its challenger as long as there is no champion. ValueError, in one sentence,
-    where nothing is there, and what is there instead.
+    A name alone means its champion, or its challenger if there is no champion. A one-sentence ValueError if the version
+    does not exist, saying what does.
     """
     from mlflow.exceptions import MlflowException
 
@@ -132,13 +132,13 @@ def find_version(client: "MlflowClient", reference: str) -> "ModelVersion":
 
 
 def find_location(client: "MlflowClient", version: "ModelVersion") -> str:
-    """Return where a version's artifact lies: also of a copy, whose `source` names a version that may be gone or renamed."""
+    """Return a version's artifact location, also for a copy, whose `source` names a version that may be gone or renamed."""
     location: str = client.get_model_version_download_uri(version.name, version.version)
     return location.rstrip("/")
 
 
 def set_alias(reference: str, alias: str, settings: Settings) -> RegisteredModel:
-    """Let an alias point to a version; ValueError, in one sentence, where the reference names none."""
+    """Point an alias at a version; a one-sentence ValueError if the reference names none."""
     with say_registry(settings) as client:
         version = find_version(client, reference)
         previous = client.get_registered_model(version.name).aliases.get(alias)

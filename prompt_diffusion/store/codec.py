@@ -1,4 +1,4 @@
-"""The bytes of ``manifest.parquet``: one row a file, all else as one JSON value in the schema metadata, with a digest."""
+"""The bytes of ``manifest.parquet``: one row per file, all else as one JSON value in the schema metadata, with a digest."""
 
 import base64
 import json

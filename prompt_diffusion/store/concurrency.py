@@ -13,7 +13,7 @@ def map_ahead(pool: Executor, function: Callable[[T], R], items: Iterable[T], ma
     """Yield ``function(item)`` of each item, in order, computed in the pool ahead of being asked for.
 
     At most ``max_pending`` items are under way or done and not yet taken, so memory is bounded; ``items`` is read in the
-    caller's thread. The first error ends it, and what has not begun then never does.
+    caller's thread. The first error ends it, and items not yet begun never are.
     """
     pending: deque[Future[R]] = deque()
     try:

@@ -19,9 +19,9 @@ Cells = dict[str, bytes | None]
 
 
 def draw_contact_sheet(title: str, names: list[str], cells: list[Cells], texts: list[list[str]]) -> bytes:
-    """Return a PNG: a title, the names of the cells, then one line a row with its texts at the left.
+    """Return a PNG: a title, the names of the cells, then one line per row with its texts at the left.
 
-    `cells` and `texts` have one element a row; a name that a row lacks becomes a grey cell. ValueError for bytes that
+    ``cells`` and ``texts`` have one element a row; a name that a row lacks becomes a grey cell. ValueError for bytes that
     are no image.
     """
     pitch = _CELL_PIXELS + _GAP_PIXELS
@@ -84,7 +84,7 @@ def _write_lines(
     font: Lettering,
     ink: tuple[int, int, int],
 ) -> None:
-    """Write texts one under the other, each wrapped at `width` pixels, `num_lines` lines at most."""
+    """Write texts one under the other, each wrapped at ``width`` pixels, ``num_lines`` lines at most."""
     lines = [line for text in texts for line in _wrap_text(font.spell(text), width, font)]
     if len(lines) > num_lines:
         lines = [*lines[: num_lines - 1], lines[num_lines - 1][:-1] + "..."]
@@ -93,7 +93,7 @@ def _write_lines(
 
 
 def _wrap_text(text: str, width: int, font: Lettering) -> list[str]:
-    """Return the text in lines of at most `width` pixels, broken at spaces, and inside a word that is too long."""
+    """Return the text in lines of at most ``width`` pixels, broken at spaces, and inside a word that is too long."""
     lines = [""]
     for word in text.split():
         candidate = f"{lines[-1]} {word}".strip()

@@ -42,7 +42,7 @@ class ManifestDescription(FrozenModel):
     inputs: tuple[StageInput, ...]
     """Each input's role, the stage that sealed it, and its fingerprint or digest."""
     lineage: tuple[str, ...]
-    """Everything that it was made from, through all stages, a line each: the roles that lead to it, and what it is."""
+    """Everything that it was made from, through all stages, one line each: the roles that lead to it, and what it is."""
     counts: dict[str, int]
     """Rows, rejects and what else the stage counted."""
     rejects: RejectSummary
@@ -78,7 +78,7 @@ def describe_manifest(uri: str) -> ManifestDescription:
 
 
 def _describe_ancestor(ancestor: Ancestor) -> str:
-    """Return one line: the way to it, its stage and fingerprint, and how many rows it has."""
+    """Return one line: the roles that lead to it, its stage and fingerprint, and how many rows it has."""
     stage, fingerprint, manifest = ancestor.input.stage, ancestor.input.fingerprint, ancestor.manifest
     what = fingerprint if stage is None else f"{stage}/{fingerprint}"
     rows = f", {manifest.ref.rows:,} rows" if manifest is not None else ""
@@ -87,7 +87,7 @@ def _describe_ancestor(ancestor: Ancestor) -> str:
 
 
 def render_contact_sheet(uri: str, max_rows: int = 8) -> bytes:
-    """Return a PNG of the first rows: one line a row, one cell an image, the row's texts at the left.
+    """Return a PNG of the first rows: one line per row, one cell per image, the row's texts at the left.
 
     Image columns are ``struct<bytes, path>``; in a list of structs each element's images get cells of their own.
     ValueError if the manifest has no image column, or a cell is no image.

@@ -108,7 +108,7 @@ class StageIdentity(FrozenModel):
         return next((each for each in self.inputs if each.role == role), None)
 
     def uri(self, store_root: str) -> str:
-        """Return the folder of this output: `{store}/{stage}/{fingerprint}`."""
+        """Return the folder of this output: ``{store}/{stage}/{fingerprint}``."""
         return join_uri(store_root, self.stage, self.fingerprint)
 
 

@@ -1,10 +1,10 @@
 """A lease on a stage's folder: of all runs that make the same stage, on one machine or on many, one works at a time.
 
 The newest of the files ``lease-00000001.json``, ``lease-00000002.json``, ... in the folder says who holds it. The holder's
-thread rewrites that file every few seconds. A run that waits watches it: where it has not changed for as long as the watcher
-is patient, by the watcher's own clock, the holder is taken for dead, and the watcher creates the file of the next number,
-which of all that try exactly one can do. So no two machines' clocks are ever compared. A holder that was only held up finds
-the next number at its next look, before it writes anything, and the new one leaves it the time for that look.
+thread rewrites that file every few seconds. A waiting run watches it: where it has not changed for the time of the watcher's
+patience, by the watcher's own clock, the holder is presumed dead, and the watcher creates the file with the next number, in
+which exactly one of all that try succeeds. So no two machines' clocks are ever compared. A holder that was merely delayed
+finds the next number at its next look, before it writes anything; the new holder waits long enough for that look.
 """
 
 import json
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 BEAT_SECONDS: Final = 10.0
 """Time between two signs of life."""
 PATIENCE_SECONDS: Final = 60.0
-"""Time without one after which a holder that cannot be looked at is taken for dead."""
+"""Time without one after which a holder whose process cannot be checked is presumed dead."""
 _NAME = re.compile(r"lease-(\d{8})\.json")
 
 
@@ -60,7 +60,7 @@ class Lease:
             "beat": 0,
             "is_released": False,
         }
-        self._number = 0  # of the file that is ours
+        self._number = 0  # of our file
         self._free_at = 0.0
         self._seen: tuple[int, bytes] | None = None
         self._seen_at = 0.0
@@ -71,7 +71,7 @@ class Lease:
         self._heart = threading.Thread(target=self._beat_until_closed, name="lease", daemon=True)
 
     def try_acquire(self) -> bool:
-        """Say whether the folder is ours, after one look at it; asked again and again, it becomes ours once it is free."""
+        """Say whether the folder is ours, after one look at it; called repeatedly, it takes the folder once that is free."""
         if not self._number:
             self._look()
         return bool(self._number) and _now() >= self._free_at
@@ -93,11 +93,11 @@ class Lease:
             )
 
     def release(self, *, is_finished: bool) -> None:
-        """Let the next one in; where the stage is finished, so that nobody needs the folder any more, no file stays."""
+        """Release the folder; where the stage is finished, so that no run needs the folder any more, no file is left."""
         if not self._number:
             return
         self._closing.set()
-        self._heart.join(self.beat_seconds)  # a store that is away would hold it for minutes
+        self._heart.join(self.beat_seconds)  # an unreachable store would block it for minutes
         try:
             if not self._is_lost and not is_finished:
                 self._record["is_released"] = True
@@ -109,7 +109,7 @@ class Lease:
             logger.warning("%s is not released, others wait until the lease ends: %s", self.folder, error)
 
     def _look(self) -> None:
-        """Look who holds the folder, and take it where nobody does any more."""
+        """See who holds the folder, and take it where nobody does any more."""
         newest = max(self._list_numbers(), default=0)
         if newest == 0:
             self._take(1, settling_seconds=0.0)
@@ -119,7 +119,7 @@ class Lease:
         try:
             seen = (newest, read_bytes(self._uri(newest)))
         except FileNotFoundError:
-            return  # given up since it was listed: the next look finds out
+            return  # released since it was listed: the next look finds out
         if seen != self._seen:
             self._seen, self._seen_at = seen, _now()
         record = _parse(seen[1])
@@ -140,7 +140,7 @@ class Lease:
         while not self._closing.wait(self.beat_seconds) and not self._is_lost:
             try:
                 self._beat()
-            except OSError as error:  # the store is away: the lease is ours as long as nobody else takes it
+            except OSError as error:  # the store is unreachable: the lease is ours as long as nobody else takes it
                 if is_well:
                     logger.warning("the lease of %s cannot be renewed: %s", self.folder, describe_error(error))
                 is_well = False
@@ -177,7 +177,7 @@ class Lease:
 
 
 def _parse(content: bytes) -> dict[str, Any]:
-    """Return the record of a lease; nothing of one that cannot be read: then its signs of life alone count."""
+    """Return the record of a lease; empty for one that cannot be read: then only its signs of life count."""
     try:
         record = json.loads(content)
     except ValueError:
@@ -194,7 +194,7 @@ def _is_dead(record: dict[str, Any]) -> bool:
 
 
 def _identify_machine() -> str | None:
-    """Return what two processes share that can see each other: this start of the machine, and its process numbers' space."""
+    """Return what processes that can see each other share: the machine's boot and its PID namespace."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -203,7 +203,7 @@ def _identify_machine() -> str | None:
 
 
 def _find_process_start(process: int) -> str | None:
-    """Return when a process of this machine began, which tells it from a later one of the same number; None if it is gone."""
+    """Return when a process of this machine began, which tells it from a later one with the same PID; None if it is gone."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -213,5 +213,5 @@ def _find_process_start(process: int) -> str | None:
 
 
 def _now() -> float:
-    """Return the seconds of a clock that nobody sets and that goes on while the machine sleeps."""
+    """Return the seconds of a clock that is never set and keeps running while the machine sleeps."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))

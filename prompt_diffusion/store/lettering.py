@@ -20,7 +20,7 @@ class Lettering:
         self.size, self._font_files = size, font_files
 
     def spell(self, text: str) -> str:
-        """Return the text with the letters that no font has as `[grinning face]` or `[U+4E2D U+6587]`."""
+        """Return the text with the letters that no font has as ``[grinning face]`` or ``[U+4E2D U+6587]``."""
         words: list[str] = []
         codes: list[str] = []
         for letter in [*text, ""]:
@@ -43,7 +43,7 @@ class Lettering:
     def write(
         self, draw: ImageDraw.ImageDraw, corner: tuple[float, float], text: str, ink: tuple[int, int, int]
     ) -> None:
-        """Draw a spelled text from its left upper corner."""
+        """Draw a spelled text from its upper left corner."""
         left, top = corner
         for font, part in self._split(text):
             draw.text((left, top), part, fill=ink, font=font)
@@ -91,7 +91,7 @@ def _has_letter(font: Font, letter: str) -> bool:
 
 @lru_cache(maxsize=512)
 def _load(file: str, size: int) -> Font | None:
-    """Return a font; None for one of pictures in other sizes, as coloured emoji are, or of a format that is not read."""
+    """Return a font; None for one of bitmaps in other sizes, such as coloured emoji, or in a format that cannot be read."""
     try:
         return ImageFont.truetype(file, size)
     except OSError:

@@ -21,7 +21,7 @@ class Ancestor:
 
 
 def open_input(manifest: Manifest, role: str) -> Manifest:
-    """Open the sealed input in a role, in the store that the manifest itself lies in.
+    """Open the sealed input in a role, in the store that holds the manifest itself.
 
     ValueError where the stage has no sealed input in that role, UnsealedError where the store no longer has it.
     """

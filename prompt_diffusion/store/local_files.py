@@ -1,4 +1,4 @@
-"""The half of the storage that is a local folder: listings that bear company, files that appear whole or not at all, locks."""
+"""The local half of the storage: listings that tolerate concurrent changes, files that appear whole or not at all, locks."""
 
 import errno
 import fcntl
@@ -14,7 +14,7 @@ TEMPORARY_SUFFIX = ".tmp~"
 
 @contextmanager
 def hold(path: Path) -> Iterator[None]:
-    """Keep other processes and threads of this machine out for the time of the block; a killed holder lets go."""
+    """Keep other processes and threads of this machine out during the block; a killed holder releases the lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -22,7 +22,7 @@ def hold(path: Path) -> Iterator[None]:
 
 
 def list_folder(folder: Path) -> dict[str, int]:
-    """Return the bytes of every file below a local folder, links followed; what is taken away meanwhile is left out.
+    """Return the bytes of every file below a local folder, links followed; files removed meanwhile are left out.
 
     A link that leads back to a folder above it is not entered: the listing would have no end.
     """
@@ -32,7 +32,7 @@ def list_folder(folder: Path) -> dict[str, int]:
 
 
 def _list_below(folder: Path, prefix: str, above: tuple[tuple[int, int], ...], found: dict[str, int]) -> None:
-    """Add the files below `folder`, one of whose ancestors are the folders `above` (device and inode)."""
+    """Add the files below ``folder``, whose ancestors are the folders ``above`` (device and inode)."""
     with suppress(FileNotFoundError, NotADirectoryError):
         status = folder.stat()
         here = (status.st_dev, status.st_ino)
@@ -59,7 +59,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 @contextmanager
 def temporary_file(path: Path, content: bytes | Path) -> Iterator[Path]:
-    """Give a file with that content beside ``path``, on the disk before it gets its name, and gone afterwards."""
+    """Yield a temporary file with that content beside ``path``, flushed to the disk, and removed afterwards."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
     try:
@@ -73,7 +73,7 @@ def temporary_file(path: Path, content: bytes | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         yield temporary
     except OSError as error:
-        # A full disk is told by write, which knows no name.
+        # write reports a full disk without naming the file.
         error.filename = error.filename or str(path)
         raise
     finally:

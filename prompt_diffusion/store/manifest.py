@@ -1,6 +1,6 @@
-"""Sealed manifests: a folder of files is finished for good once its `manifest.parquet`, written last, exists.
+"""Sealed manifests: a folder of files is finished for good once its ``manifest.parquet``, written last, exists.
 
-`manifest.parquet` has one row a file (path, rows, bytes, sha256); its schema metadata holds, as one JSON value, the
+``manifest.parquet`` has one row per file (path, rows, bytes, sha256); its schema metadata holds, as one JSON value, the
 identity, the counts, the rejects and the library versions, with a digest over all of it.
 """
 
@@ -78,12 +78,12 @@ class Manifest:
 
     @property
     def store_root(self) -> str:
-        """The store that it lies in."""
+        """The store that holds it."""
         return self.ref.uri.removesuffix(f"/{self.ref.stage}/{self.ref.fingerprint}")
 
     @cached_property
     def shards(self) -> tuple[StoredFile, ...]:
-        """The files named `shard-*.parquet`, in order."""
+        """The files named ``shard-*.parquet``, in order."""
         return tuple(f for f in self.files if f.path.startswith("shard-") and f.path.endswith(".parquet"))
 
     def read_table(self, columns: list[str] | None = None) -> pa.Table:
@@ -118,7 +118,7 @@ class Manifest:
             )
 
     def read_columns(self, shard: StoredFile, columns: list[str]) -> pa.Table:
-        """Return light columns of one shard, as `read_index` does of all."""
+        """Return light columns of one shard, as ``read_index`` does of all."""
         with self.open_shard(shard) as file:
             table = file.read(columns=columns)
             stated = read_written_types(file)
@@ -134,7 +134,7 @@ class Manifest:
     def open_shard(self, shard: StoredFile, **options: Any) -> Iterator[pq.ParquetFile]:  # noqa: ANN401 - ParquetFile's own
         """Open a shard to read parts of it in the block, its pages checked; DamagedDataError names one that is not whole.
 
-        The system's errors and a store's pass: they are no damage, and may not come again.
+        Errors of the system and of a store propagate: they are not damage, and may not recur.
         """
         try:
             with open_input(self._uri_of(shard.path)) as source:
@@ -159,9 +159,9 @@ class Manifest:
         return data
 
     def fetch_folder(self, prefix: str, target: Path) -> Path:
-        """Copy the files below `prefix` to `target/{fingerprint}/{prefix}` and return that folder.
+        """Copy the files below ``prefix`` to ``target/{fingerprint}/{prefix}`` and return that folder.
 
-        Each is checked while it is copied, in pieces; what lies there already with the right digest stays.
+        Each is checked while it is copied, in pieces; what is already there with the right digest is kept.
         """
         prefix = prefix.strip("/")
         wanted = [file for file in self.files if not prefix or file.path.startswith(f"{prefix}/")]
@@ -283,7 +283,7 @@ def write_file(identity: StageIdentity, store_root: str, path: str, data: bytes,
 
 
 def write_folder(identity: StageIdentity, store_root: str, prefix: str, folder: Path) -> list[StoredFile]:
-    """Write all files of a local folder below `prefix`, without holding them in memory."""
+    """Write all files of a local folder below ``prefix``, without holding them in memory."""
     uri = identity.uri(store_root)
     sealed = is_sealed(uri)
     files = []
@@ -319,7 +319,7 @@ def _parse_manifest(uri: str, data: bytes) -> Manifest:
 
 
 def _refuse(uri: str, path: str, reason: str) -> DamagedDataError:
-    """Return the error that names a damaged file of the folder `uri`, and the way out."""
+    """Return the error that names a damaged file of the folder ``uri``, and what to do."""
     way_out = f"delete {join_uri(uri, MANIFEST_NAME)} and run its stage again to make it anew"
     return DamagedDataError(f"{join_uri(uri, path)} {reason}; {way_out}")
 

@@ -24,7 +24,7 @@ class Reject(FrozenModel):
 
 
 class ManifestRef(FrozenModel):
-    """All that a task returns of a sealed manifest."""
+    """All that a task returns about a sealed manifest."""
 
     uri: str
     """The folder."""
@@ -33,7 +33,7 @@ class ManifestRef(FrozenModel):
     fingerprint: str
     """The digest of the stage's identity."""
     rows: int
-    """How many rows its files hold together."""
+    """How many rows its files hold in total."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class MadeShard(FrozenModel):
 
 
 class Progress:
-    """What a stage tells while it runs; each kind of stage has its own kinds of progress."""
+    """What a stage reports while it runs; each kind of stage has its own kinds of progress."""
 
     __slots__ = ()
 

@@ -1,7 +1,7 @@
 """How patient we are with an object store: bounded times and tries, then one error that names the URI and the reason.
 
-The client alone retries a request (a 5xx, a reset, no answer); retried here is what it cannot see: an answer that breaks
-off in its body, an object that is not there although the store said 200.
+The client itself retries a request (a 5xx, a reset, no answer). Retried here is only what it cannot see: an answer that
+breaks off in its body, an object that is missing although the store said 200.
 """
 
 import logging
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
 
 NUM_TRIES: Final = 5
-# A store that never answers costs 5 * 30 s and at most 15 s of pauses; s3fs as it comes waits 25 * 15 s, 125 in a read.
+# A store that never answers costs 5 * 30 s and at most 15 s of pauses; s3fs by default waits 25 * 15 s, 125 in a read.
 _CONNECT_TIMEOUT_SECONDS = 10.0
 _READ_TIMEOUT_SECONDS = 30.0
 _REQUEST_TRIES = 5
@@ -66,12 +66,12 @@ def ask_store(uri: str, verb: str, call: Callable[[], _Answer], *, failures: _Er
 def upload_until_stored(
     uri: str, num_bytes: int, send: Callable[[str], object], look: Callable[[], tuple[int, str | None] | None]
 ) -> bool:
-    """Call ``send(mark)`` until ``look`` finds bytes and mark there; False where ``send`` is a create that another has won.
+    """Call ``send(mark)`` until ``look`` finds bytes and mark there; False where ``send`` is a create that another run has won.
 
     Neither an answer nor its absence proves anything: a store may say 200 and keep nothing or half, or keep the object
-    and lose the answer, so that the client's own retry of a create meets the object of its first try. So an upload
-    carries a mark in the object's metadata, and what lies there afterwards decides. Comparing contents would not do: of
-    two runs that create the same bytes, one alone may hear that it was the one.
+    but lose the answer, so that the client's own retry of a create meets the object of its first try. So an upload
+    carries a mark in the object's metadata, and what is there afterwards decides. Comparing contents would not do: of
+    two runs that create the same bytes, only one may be told that it won.
     """
     mark = uuid.uuid4().hex
     stored = None
@@ -106,7 +106,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def _pause(attempt: int) -> None:
-    """Sleep after the failed try number ``attempt``, counted from 0: twice as long each time, and apart from our peers."""
+    """Sleep after the failed try number ``attempt``, counted from 0: twice as long each time, with jitter."""
     time.sleep(_FIRST_PAUSE_SECONDS * 2**attempt * random.uniform(0.5, 1.5))
 
 

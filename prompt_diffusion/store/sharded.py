@@ -1,4 +1,4 @@
-"""The one engine of every sharded stage: nothing is done twice, a killed run goes on, the bytes are the same."""
+"""The one engine of every sharded stage: nothing is done twice, a killed run resumes, the bytes are the same."""
 
 import json
 import logging
@@ -38,10 +38,10 @@ def run_sharded_stage(
 ) -> ManifestRef:
     """Make the shards of a stage that are missing, seal, and return the reference.
 
-    `make_shard(index)` must depend on the identity and the index alone; `num_at_once` threads call it. `made` are
-    shards that `make_shards` reported elsewhere: they are not read again, only their sizes are checked before sealing.
-    ValueError, before sealing, if more than `reject_budget` of all samples were rejected; the shards with rejects that an
-    earlier run left are made again before.
+    ``make_shard(index)`` must depend on the identity and the index alone; ``num_at_once`` threads call it. ``made`` are
+    shards that ``make_shards`` reported elsewhere: they are not read again, only their sizes are checked before sealing.
+    ValueError, before sealing, if more than ``reject_budget`` of all samples were rejected; shards with rejects that an
+    earlier run left are first made again.
     """
     if num_shards < 1:
         raise ValueError(f"stage {identity.stage} has {num_shards} shards to make: there is nothing to do")
@@ -89,9 +89,9 @@ def make_shards(
     on_progress: OnProgress | None = None,
     reuse: bool = True,
 ) -> list[MadeShard]:
-    """Find or make some of a stage's shards, and seal nothing: what one of many workers does; progress is of its own.
+    """Find or make some of a stage's shards, and seal nothing: what one of many workers does; progress counts that part alone.
 
-    Without `reuse` what an earlier run left is made again.
+    Without ``reuse``, shards that an earlier run left are made again.
     """
 
     def find_or_make(index: int) -> MadeShard:
@@ -101,7 +101,7 @@ def make_shards(
     num_rows = num_rejects = 0
     pool = ThreadPoolExecutor(num_at_once, thread_name_prefix="shard")
     try:
-        # Alone, a shard is made in this thread, which an interrupt reaches.
+        # A single shard is made in this thread, which an interrupt reaches.
         found = map(find_or_make, indices) if num_at_once == 1 else map_ahead(pool, find_or_make, indices, num_at_once)
         for shard in found:
             shards.append(shard)
@@ -110,13 +110,13 @@ def make_shards(
             if on_progress is not None:
                 on_progress(ShardProgress(len(shards), len(indices), num_rows, num_rejects))
     finally:
-        # Not waited for: after an error, whoever gives `make_shard` its means takes them away, and it ends.
+        # Not waited for: after an error, the caller closes what `make_shard` uses, and so ends it.
         pool.shutdown(wait=False, cancel_futures=True)
     return shards
 
 
 def refuse_to_make(index: int) -> ShardRows:
-    """Stand for the maker of a stage whose shards were all reported as made."""
+    """Stand in for the maker of a stage whose shards were all reported as made."""
     raise AssertionError(f"shard {index} was reported as made")
 
 
@@ -163,7 +163,7 @@ def _find_or_make_shard(
     if is_to_be_replaced:
         write_bytes(uri, data)
     elif not create_bytes(uri, data):
-        # Another run made it meanwhile, and may be about to seal it: what lies there counts, not ours.
+        # Another run made it meanwhile, and may be about to seal it: what is there counts, not ours.
         left, _ = _read_leftover(uri, index, header)
         if left is not None:
             return left
@@ -172,7 +172,7 @@ def _find_or_make_shard(
 
 
 def _read_leftover(uri: str, index: int, header: dict[str, str | int]) -> tuple[MadeShard | None, bool]:
-    """Return the whole shard of this identity that lies there, if any, and whether something else is in its place."""
+    """Return the whole shard of this identity that is there, if any, and whether something else is in its place."""
     try:
         data = read_bytes(uri)
     except FileNotFoundError:

@@ -17,11 +17,11 @@ from prompt_diffusion.store.sharded import MakeShard, make_shards, refuse_to_mak
 
 R = TypeVar("R")
 Report = Callable[[Progress], None]
-"""Hears how far a stage is."""
+"""Receives a stage's progress."""
 
 
 def _stay_silent(progress: Progress) -> None:
-    """Tell nobody."""
+    """Ignore progress."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Context(Generic[R]):
     """Where and how a stage runs: nothing here may change what comes out. ``R`` is the kind of the stage's resources."""
 
     store: str
-    """Folder or URI that keeps every stage."""
+    """Folder or URI that holds every stage's output."""
     resources: R
     """How much of this machine the stage takes; None for a stage that leaves no choice."""
     report: Report = _stay_silent
-    """Hears how far the stage is."""
+    """Receives the stage's progress."""
     made: tuple[MadeShard, ...] = ()
     """Shards that workers made and reported: they are not read again, only their sizes are checked before sealing."""
 
@@ -44,13 +44,13 @@ class Stage(ABC, Generic[R]):
 
     @cached_property
     def identity(self) -> StageIdentity:
-        """What the output is a function of, found out once: the files of a source may take long to list."""
+        """What the output is a function of, computed once: the files of a source may take long to list."""
         return self.identify()
 
     @property
     @abstractmethod
     def title(self) -> str:
-        """What people call it, in a few words: of a run, a log line, a bar."""
+        """The name shown to people, in a few words: for a run, a log line, a progress bar."""
 
     @abstractmethod
     def identify(self) -> StageIdentity:
@@ -62,7 +62,7 @@ class Stage(ABC, Generic[R]):
 
 
 Follow = Callable[[Stage[R], Context[R]], AbstractContextManager[Report]]
-"""Surrounds the work of a stage and gives what hears of it; not entered where the stage is sealed."""
+"""Surrounds the work of a stage and yields the receiver of its progress; not entered where the stage is sealed."""
 
 
 def _follow_context(stage: Stage[R], context: Context[R]) -> AbstractContextManager[Report]:
@@ -94,7 +94,7 @@ def require(stage: Stage[R], store: str) -> ManifestRef:
 class ShardedStage(Stage[R], ABC, Generic[R]):
     """A stage whose output is Parquet shards, each a function of the identity and its own number alone.
 
-    ``run`` makes the whole stage; or workers make parts of it, and ``run``, told what they made, seals them.
+    ``run`` makes the whole stage; or workers make parts of it, and ``run``, given what they made, seals them.
     """
 
     @abstractmethod
@@ -103,10 +103,10 @@ class ShardedStage(Stage[R], ABC, Generic[R]):
 
     @abstractmethod
     def open_maker(self, context: Context[R]) -> AbstractContextManager[MakeShard]:
-        """Give the function that makes a shard, for the time of the block; entered only where a shard may be missing."""
+        """Yield the function that makes a shard; entered only where a shard may be missing."""
 
     def count_at_once(self, context: Context[R]) -> int:
-        """Return how many shards are under way at the same time."""
+        """Return how many shards are in progress at the same time."""
         return 1
 
     @property

@@ -50,7 +50,7 @@ def local_path(uri: str) -> Path | None:
 
 
 def exists(uri: str) -> bool:
-    """Say whether a file or a folder lies there."""
+    """Say whether a file or a folder exists there."""
     path = local_path(uri)
     if path is not None:
         return path.exists()
@@ -64,7 +64,7 @@ def exists(uri: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class FileFacts:
-    """What a store says of a file without its content."""
+    """What a store says about a file without its content."""
 
     size: int | None
     """Bytes; None where the store does not say."""
@@ -157,7 +157,7 @@ def open_input(uri: str) -> Iterator[BinaryIO]:
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write a file atomically, over what was there; OSError where the store then holds something else."""
+    """Write a file atomically, replacing what was there; OSError where the store then holds something else."""
     path = local_path(uri)
     if path is None:
         _upload(uri, len(data), lambda filesystem, key, options: filesystem.pipe_file(key, data, **options))
@@ -178,7 +178,7 @@ def write_from(uri: str, source: Path) -> None:
 
 
 def create_bytes(uri: str, data: bytes) -> bool:
-    """Write a file only if nothing lies there, atomically; True if this call, of all that race, created it.
+    """Write a file only if nothing is there, atomically; True if this call, of all that race, created it.
 
     That holds even where the answer of the creating request is lost and its retry finds the file in place.
     """
@@ -260,7 +260,7 @@ def _open_s3(uri: str) -> tuple[Any, str]:
 
 
 def _open_remote_file(uri: str) -> Any:  # noqa: ANN401
-    """Return an open file of a remote URI; on S3 every range that is read of it is asked for as a whole file is."""
+    """Return an open file of a remote URI; on S3 each range is read with the same retries as a whole file."""
     filesystem, key = _open_remote(uri)
     file = _ask(uri, "read", lambda: filesystem.open(key, "rb"))
     if uri.startswith("s3://"):
@@ -270,7 +270,7 @@ def _open_remote_file(uri: str) -> Any:  # noqa: ANN401
 
 
 def _upload(uri: str, num_bytes: int, send: Callable[[Any, str, dict[str, Any]], object]) -> bool:
-    """Send an object until it lies there; False where ``send`` is a create and another object lies there."""
+    """Send an object until it is there; False where ``send`` is a create and another object is there."""
     filesystem, key = _open_s3(uri)
     bucket, _, name = key.partition("/")
 
@@ -309,7 +309,7 @@ def delete_file(uri: str) -> None:
 
 def _ask(uri: str, verb: str, call: Callable[[], _Answer]) -> _Answer:
     """Return what ``call`` gets from a remote store; StoreError ``cannot {verb} {uri}: ...`` once patience ends."""
-    if not uri.startswith("s3://"):  # each of fsspec's file systems fails in ways of its own
+    if not uri.startswith("s3://"):  # each of fsspec's file systems fails in its own ways
         return ask_store(uri, verb, call, failures=(Exception,), broken=())
     try:
         from aiobotocore.response import AioReadTimeoutError  # type: ignore[import-untyped]

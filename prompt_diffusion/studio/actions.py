@@ -28,11 +28,11 @@ from prompt_diffusion.vision_tasks import find_vision_task
 
 RANDOM_SEED = -1
 OWN_IF_ZERO = ("num_inference_steps", "guidance_scale", "size")
-"""Fields whose 0 stands for the model's own value: number fields cannot be empty."""
+"""Fields in which 0 means the model's own value: number fields cannot be empty."""
 
 
 class Actions:
-    """The page's actions; what belongs to one visitor comes in and goes out with each call."""
+    """The page's actions; a visitor's own state is passed in and returned with each call."""
 
     def __init__(self, shelf: ModelShelf, maps: StudioAnnotators) -> None:
         self.shelf, self.maps = shelf, maps
@@ -49,7 +49,7 @@ class Actions:
     ) -> tuple[Result, str | None, History]:
         """Run one request and return its result, the file of the map in between (of an edit), and the longer history.
 
-        ValueError, in one sentence, for what is missing, refused or too large.
+        A one-sentence ValueError for what is missing, refused or too large.
         """
         request = build_request(_settle(fields))
         _check_size(request)
@@ -94,7 +94,7 @@ class Actions:
     def make_map(self, photograph: str | None, annotator: str) -> str:
         """Return the file of a photograph's map."""
         if photograph is None:
-            raise ValueError("there is no photograph to make a map of: drop one first")
+            raise ValueError("there is no photograph to make a map from: drop one first")
         data = _read("photograph", photograph)
         png = self.maps.make_map(data, annotator)
         note = self.maps.say_limit(data, annotator)
@@ -104,7 +104,7 @@ class Actions:
 
 
 def save_png(data: bytes, stem: str) -> str:
-    """Keep a file where the page serves files from, under a folder named by its digest; return its path."""
+    """Store a file where the page serves files from, in a folder named by its digest; return its path."""
     return str(save_bytes_to_cache(data, f"{stem}.png", get_upload_folder()))
 
 
@@ -114,7 +114,7 @@ def _save_result(generation: Generation) -> str:
 
 
 def _settle(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields without those that leave it to the model, and with a random seed drawn."""
+    """Return the fields without those left to the model, and with a random seed drawn."""
     kept = {name: value for name, value in fields.items() if value is not None and value != ""}
     for name in OWN_IF_ZERO:
         if kept.get(name) == 0:
@@ -125,7 +125,7 @@ def _settle(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_size(request: GenerationRequest) -> None:
-    """Refuse what would hold the page for everybody else."""
+    """Refuse a request that would block the page for everybody else."""
     if (request.num_inference_steps or 1) > MAX_STEPS:
         raise ValueError(f"the page takes up to {MAX_STEPS} steps, got {request.num_inference_steps}")
     if (request.size or 1) > MAX_SIZE:
@@ -133,10 +133,10 @@ def _check_size(request: GenerationRequest) -> None:
 
 
 def _check_inputs(inputs: dict[str, str | None]) -> dict[str, str]:
-    """Return the files that are there; ValueError where the query, or one side of the pair, is not."""
+    """Return the given files; ValueError if the query, or one side of the pair, is missing."""
     present = {name: path for name, path in inputs.items() if path is not None}
     if "query" not in present:
-        raise ValueError("there is no query: drop the image that the model shall work on")
+        raise ValueError("there is no query: drop the image that the model should work on")
     if len(present) == 2:
         missing = "target" if "example_1_source" in present else "source"
         raise ValueError(f"the example pair lacks its {missing}: give both images, or neither")

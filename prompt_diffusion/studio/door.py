@@ -1,8 +1,8 @@
-"""What stands before the page: every request is looked at before gradio sees it, whatever gradio itself would allow.
+"""A guard in front of the page: every request is checked before gradio sees it, whatever gradio itself would allow.
 
-Another web page that the visitor has open must get nothing here: neither under a name of its own that points to this machine
-(DNS rebinding; the Host must be ours), nor by sending requests across (the Origin must be ours). A request names no file but
-an uploaded one. Bodies and the folder of uploads are bounded. Routes that the page does not use are closed.
+Another web page that the visitor has open must get nothing here: neither under its own name that points to this machine (DNS
+rebinding; the Host must be ours), nor by cross-origin requests (the Origin must be ours). A request may name only
+uploaded files. Bodies and the folder of uploads are bounded. Routes that the page does not use are closed.
 """
 
 import base64
@@ -42,7 +42,7 @@ _WRITE = ("/queue/join", "/run/predict", "/cancel", "/reset")
 _UPLOAD = "/upload"
 _MAX_DEPTH = 40
 _MULTIPART_BYTES = 64 << 10  # names and borders around an uploaded file
-# The page may load and ask nothing but itself, whatever a part of it would like to.
+# The page may load and request nothing from elsewhere, whatever its components try.
 _HEADERS = (
     (
         b"content-security-policy",
@@ -65,16 +65,16 @@ class _RefusedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What this page takes."""
+    """What this page accepts."""
 
     names: frozenset[str]
     """Names under which it may be asked for, lower case."""
     takes_addresses: bool
-    """Whether any IP address will do as its name: no other page can have one of ours."""
+    """Whether any IP address is accepted as its name: no other page can have one of ours."""
     folder: Path
-    """Where uploads and results lie."""
+    """The folder of uploads and results."""
     password: str | None = None
-    """What every request must bring, by HTTP's basic authentication; None asks for none."""
+    """What every request must send, by HTTP basic authentication; None: no password."""
 
 
 class Door:
@@ -105,7 +105,7 @@ class Door:
         await self._app(scope, receive if body is None else _replay(body, receive), send_guarded)
 
     async def _examine(self, scope: "Scope", receive: "Receive") -> bytes | None:
-        """Raise for what is refused; return the body where it had to be read."""
+        """Raise if the request is refused; return the body if it had to be read."""
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         path, method = _read_path(scope), scope["method"]
         _check_host(headers.get("host", ""), self._rules)
@@ -146,7 +146,7 @@ class Door:
             )
 
     def _check_files(self, body: bytes) -> None:
-        """Refuse a request that names a file outside the uploads; the answer is the same whether there is one or not."""
+        """Refuse a request that names a file outside the uploads; the response is the same whether it exists or not."""
         try:
             content = json.loads(body)
             named = [each["path"] for each in _walk(content) if each.get("path") is not None]
@@ -158,7 +158,7 @@ class Door:
 
 
 def _read_path(scope: "Scope") -> str:
-    """Return the path without what differs in spelling alone."""
+    """Return the path in its normal spelling."""
     path = str(scope["path"])
     return path.rstrip("/") or "/"
 
@@ -171,7 +171,7 @@ def _check_host(host: str, rules: Rules) -> None:
 
 
 def _check_origin(headers: dict[str, str], path: str, method: str) -> None:
-    """Refuse what another web page sends, except that a link there may lead here."""
+    """Refuse requests from other web pages, except for following a link to this one."""
     if "origin" in headers and urlsplit(headers["origin"]).netloc.lower() != headers.get("host", "").lower():
         raise _RefusedError(403, "another web page may not use this one")
     is_link = method == "GET" and path == "/" and headers.get("sec-fetch-mode") == "navigate"
@@ -197,14 +197,14 @@ def _check_read(path: str) -> None:
     rest = path.removeprefix(_API) if path.startswith(f"{_API}/") else ""
     if rest in _READ or rest.startswith("/heartbeat/"):
         return
-    # gradio fetches an address that stands there in place of a file
+    # gradio would fetch an address given here instead of a file
     if rest.startswith("/file=") and "://" not in unquote(rest) and not unquote(rest).startswith("/file=//"):
         return
     raise _RefusedError(404, "the page has nothing there")
 
 
 def _read_length(headers: dict[str, str]) -> int:
-    """Return how long a body is; ASGI servers hold a client to what it announces."""
+    """Return how long a body is; ASGI servers hold a client to the announced length."""
     length = headers.get("content-length", "")
     if "transfer-encoding" in headers or not length.isdecimal() or len(length) > 15:
         raise _RefusedError(411, "a request must say how long it is")
@@ -226,7 +226,7 @@ async def _read_body(receive: "Receive", num_bytes: int) -> bytes:
 
 
 def _replay(body: bytes, receive: "Receive") -> "Receive":
-    """Return what hands a body on that was read already, and then whatever else comes."""
+    """Return a receive function that replays a body already read, and then passes on later messages."""
     is_sent = False
 
     async def receive_again() -> "Message":

@@ -87,7 +87,7 @@ def build_edit_tab(samples: Path) -> EditTab:
 
 
 def connect_edit_tab(tab: EditTab, actions: Actions, model: gr.Dropdown, history: HistoryView) -> None:
-    """Let the buttons do what they say."""
+    """Connect the buttons to their actions."""
 
     @toast_errors
     def relabel(way: str) -> list[Any]:

@@ -9,7 +9,7 @@ from prompt_diffusion.presets import demo
 from prompt_diffusion.vision_tasks import VisionTask, find_vision_task
 
 _TASKS = ("image_to_depth", "image_to_hed", "image_to_seg", "depth_to_image", "seg_to_image")
-_WORLD = 90_001  # a seed of its own: none of the scenes that the demo trains on
+_WORLD = 90_001  # its own seed: none of the scenes that the demo trains on
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class EditSample:
 
 
 def render_samples(folder: Path) -> list[Sample]:
-    """Write the files of one sample a vision task, and return them; the pair and the query show different scenes."""
+    """Write the files of one sample per vision task, and return them; the pair and the query show different scenes."""
     samples = []
     for row, name in enumerate(_TASKS):
         task = find_vision_task(name)

@@ -21,7 +21,7 @@ _FIRST_TASK = "image_to_hed"
 
 @dataclass(frozen=True, slots=True)
 class PairMaker:
-    """The fields that make a pair of a photograph."""
+    """The fields that make a pair from a photograph."""
 
     photograph: gr.Image
     task: gr.Dropdown
@@ -96,7 +96,7 @@ def _build_pair_maker(actions: Actions) -> PairMaker:
 
 
 def connect_generate_tab(tab: GenerateTab, actions: Actions, model: gr.Dropdown, history: HistoryView) -> None:
-    """Let the buttons do what they say."""
+    """Connect the buttons to their actions."""
     maker = tab.maker
 
     @toast_errors

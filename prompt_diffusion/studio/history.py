@@ -1,4 +1,4 @@
-"""What one visitor has made since the page was opened: to compare, to download again, to go on from."""
+"""What one visitor has made since the page was opened: to compare, download again or continue from."""
 
 from dataclasses import dataclass, replace
 from html import escape
@@ -9,7 +9,7 @@ from prompt_diffusion.studio.limits import MAX_HISTORY
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One image that was made, and what it was made of."""
+    """One image that was made, and what it was made from."""
 
     file: str
     """The PNG with its settings."""
@@ -20,7 +20,7 @@ class Result:
     """The uploaded files by what they are: ``query``, ``example_1_source``, ``example_1_target``."""
 
     way: str | None = None
-    """How it was edited, where the tab Edit made it."""
+    """How it was edited, if the tab Edit made it."""
 
     @property
     def tab(self) -> str:
@@ -29,25 +29,25 @@ class Result:
 
     @property
     def caption(self) -> str:
-        """What stands below it in the gallery."""
+        """Its caption in the gallery."""
         request = self.record.request
         return f"seed {request.seed}" + (f" · {request.prompt}" if request.prompt else "")
 
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """Results, newest first, and the two that stand side by side."""
+    """Results, newest first, and the two shown side by side."""
 
     results: tuple[Result, ...] = ()
     left: Result | None = None
     right: Result | None = None
 
     def add(self, result: Result) -> "History":
-        """Return the history with one more result; the oldest goes where there are too many."""
+        """Return the history with one more result; the oldest is dropped if there are too many."""
         return replace(self, results=(result, *self.results)[:MAX_HISTORY])
 
     def show(self, index: int) -> "History":
-        """Return the history with that result on the right, and what was there on the left; ValueError where there is none."""
+        """Return the history with that result on the right, and the previous one on the left; ValueError if there is none."""
         if not isinstance(index, int) or not 0 <= index < len(self.results):
             raise ValueError("there is no such result any more")
         chosen = self.results[index]

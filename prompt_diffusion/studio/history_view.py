@@ -76,7 +76,7 @@ def fill_result(result: Result | None) -> list[Any]:
 def connect_history_view(
     view: HistoryView, tabs: gr.Tabs, model: gr.Dropdown, generate: TabFields, edit: TabFields
 ) -> None:
-    """Let a click bring a result to the right, and the button bring its settings and images back to its tab."""
+    """Make a click show a result on the right, and the button restore its settings and images in its tab."""
 
     @toast_errors
     def choose(history: History, event: gr.SelectData) -> list[Any]:

@@ -46,7 +46,7 @@ class SettingsFields:
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
-        """Return the names of the request's fields that they stand for."""
+        """Return the names of the request's fields that they set."""
         return tuple(cls.__dataclass_fields__)
 
     def components(self) -> list[Component]:
@@ -81,17 +81,17 @@ def build_settings(prompt_label: str, prompt_placeholder: str) -> SettingsFields
             0, label="Guidance", info="0: the model's own; 1: none", minimum=0, maximum=100, step=0.5, min_width=110
         )
     with gr.Accordion("More settings", open=False):
-        negative = gr.Textbox(label="Negative text", info="What guidance leads away from.", max_length=2000, lines=1)
+        negative = gr.Textbox(label="Negative text", info="What guidance steers away from.", max_length=2000, lines=1)
         strength = gr.Slider(0.0, 2.0, 1.0, step=0.05, label="Strength", info="Weight of pair and query; 1 as trained.")
         with gr.Row():
             scheduler = gr.Dropdown(
                 [("the model's", ""), ("DDIM", "ddim"), ("DPM-Solver++", "dpm"), ("UniPC", "unipc")],
                 value="",
                 label="Scheduler",
-                info="What takes the steps.",
+                info="The sampling method.",
             )
             size = gr.Number(
-                0, label="Size", info="Pixels a side; 0: the model's own.", precision=0, minimum=0, maximum=MAX_SIZE
+                0, label="Size", info="Pixels per side; 0: the model's own.", precision=0, minimum=0, maximum=MAX_SIZE
             )
     return SettingsFields(prompt, negative, seed, steps, guidance, strength, scheduler, size)
 

@@ -1,4 +1,4 @@
-"""What the page takes: how large an upload may be, and how many requests may wait."""
+"""What the page accepts: how large an upload may be, and how many requests may wait."""
 
 from abc import ABCMeta
 from pathlib import Path
@@ -13,22 +13,22 @@ MAX_UPLOAD_BYTES = 20 * 1024 * 1024
 MAX_BODY_BYTES = 1 << 20
 """Of a request that uploads nothing."""
 MAX_FOLDER_BYTES = 2 << 30
-"""Of all uploads and results that the page keeps, of all visitors together."""
+"""Of all uploads and results that the page keeps, for all visitors together."""
 MAX_FILES = 5000
-"""How many those may be."""
+"""Their maximum number."""
 MAX_UPLOAD_PIXELS = 16 * 1024 * 1024
 MAX_WAITING = 8
 """Requests that may wait for the model; one more is told to come back."""
 MAX_STEPS = 200
 MAX_SIZE = 1024
 MAX_HISTORY = 24
-"""Results that one visitor's page keeps; the oldest goes first."""
+"""Results that one visitor's page keeps; the oldest is dropped first."""
 
 
 def read_upload(path: str) -> bytes:
     """Return an image file's bytes, its size and its header checked before anything is decoded.
 
-    ValueError, in one sentence, for what is too large or no image.
+    A one-sentence ValueError for a file that is too large or not an image.
     """
     file = Path(path)
     num_bytes = file.stat().st_size
@@ -53,7 +53,7 @@ def read_upload(path: str) -> bytes:
 def build_upload(label: str, elem_id: str, height: int = 210) -> gr.Image:
     """Draw a place to drop an image, or to paste one.
 
-    It hands the actions the path of the very file that was uploaded: nothing opens it before they do.
+    It passes the actions the path of the uploaded file itself: nothing opens it before they do.
     """
     return _UploadedImage(
         label=label,

@@ -39,14 +39,14 @@ class StudioAnnotators:
         return encode_png(self._build(annotator).annotate(decode_image(photograph)[None])[0])
 
     def say_limit(self, photograph: bytes, annotator: str) -> str | None:
-        """Return the sentence that says that a photograph is larger than the annotator sees; None where it is not."""
+        """Return a sentence if a photograph is larger than the annotator's maximum, else None."""
         with open_image(photograph) as image:
             return say_limit(annotator, image.height, image.width, find_annotator(annotator).max_pixels)
 
     def _build_annotator(self, name: str) -> Annotator:
         spec = find_annotator(name)
         if spec.weights is not None and not can_run(spec, self._resources):
-            # a download of hundreds of megabytes, or a hub that does not answer, would hold the page for everybody
+            # a download of hundreds of megabytes, or a hub that does not answer, would block the page for everybody
             raise ValueError(
                 f"the weights {spec.weights.file} of {name} are not on this machine: fetch them once with "
                 f"`prompt-diffusion weights mirror {name}`, or choose another annotator"

@@ -1,4 +1,4 @@
-"""The models that the page offers, and the one that is loaded: another takes its place."""
+"""The models that the page offers, and the one that is loaded: a new one replaces it."""
 
 import gc
 import threading
@@ -44,13 +44,13 @@ class ModelShelf:
 
     @contextmanager
     def borrow(self, reference: str) -> Iterator[OpenModel]:
-        """Give the model for the time of the block, loading it where another one is loaded.
+        """Yield the model for the duration of the block, loading it if another one is loaded.
 
-        ValueError, in one sentence, where it cannot be had.
+        A one-sentence ValueError if it cannot be loaded.
         """
         is_registered = reference.startswith("models:/")
         if not (is_registered or self._takes_folders or reference == self._first):
-            raise ValueError("this page takes registered models alone: choose one of the list")
+            raise ValueError("this page accepts only registered models: choose one from the list")
         with self._lock:
             identity = identify_model(reference, self._settings)
             if self._loaded is None or self._key != identity.place:
@@ -59,7 +59,7 @@ class ModelShelf:
             yield self._loaded
 
     def _drop(self) -> None:
-        """Give the memory of the loaded model back before another one is loaded."""
+        """Free the memory of the loaded model before another one is loaded."""
         if self._loaded is None:
             return
         import torch

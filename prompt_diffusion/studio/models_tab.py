@@ -1,4 +1,4 @@
-"""The tab Models: every registered version with what was measured of it, and its card."""
+"""The tab Models: every registered version with its measurements, and its card."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ _MEASURES = {"frechet_distance": "Fréchet", "rmse": "RMSE"}
 
 
 def build_models_tab(shelf: ModelShelf, page: gr.Blocks) -> None:
-    """Draw the tab; the table is read anew when the page is opened and when asked."""
+    """Draw the tab; the table is reloaded when the page is opened and on request."""
     note = gr.Markdown("")
     table = gr.Dataframe(
         headers=list(_COLUMNS), label="Registered versions", interactive=False, wrap=False, elem_id="versions"
@@ -71,7 +71,7 @@ def _name_metric(name: str) -> str:
 
 
 def render_facts(version: ModelVersionSummary) -> str:
-    """Return what the list of versions knows of one as Markdown, for one that has no card."""
+    """Return what the list of versions knows about one without a card, as Markdown."""
     facts = {
         "load as": f"`{version.uri}`",
         "aliases": ", ".join(version.aliases) or "none",

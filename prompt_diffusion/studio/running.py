@@ -1,4 +1,4 @@
-"""How a long run takes its turn, tells how far it is, and is stopped."""
+"""How a long run waits its turn, reports its progress, and is stopped."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,7 +38,7 @@ def connect_run(
     result: ResultView,
     actions: Actions,
 ) -> None:
-    """Let what `start` names run an action in its turn, and the Stop button end it."""
+    """Make the events in `start` run an action in its turn, and the Stop button end it."""
     running = gr.on(
         list(start),
         action,

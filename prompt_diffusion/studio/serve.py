@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 MIN_PASSWORD = 12
-"""Characters of a password that is chosen: it can be guessed as fast as requests are answered."""
+"""Minimum length of a chosen password: it can be guessed as fast as requests are answered."""
 
 
 def choose_password(settings: Settings, host: str) -> tuple[str | None, bool]:
-    """Return the password of a page that listens there, and whether it was drawn just now.
+    """Return the password of a page that listens there, and whether it was just generated.
 
-    None where the page is this machine's own and none is set; ValueError for one that is too short.
+    None if only this machine can reach the page and no password is set; ValueError for one that is too short.
     """
     if settings.studio_password is not None:
         password = settings.studio_password.get_secret_value()
@@ -45,9 +45,9 @@ def serve(
     password: str | None,
     on_ready: Callable[[str], None],
 ) -> None:
-    """Serve the page until it is interrupted; `on_ready` is told its address.
+    """Serve the page until it is interrupted; `on_ready` gets its address.
 
-    ValueError where the port cannot be used, or the registry has no such model. A SIGTERM ends it as an interrupt does.
+    ValueError if the port cannot be used, or the registry has no such model. A SIGTERM ends it like an interrupt.
     """
     if password is None and host not in LOCAL_HOSTS:
         raise ValueError(f"a page that listens on {host} needs a password")
@@ -106,7 +106,7 @@ def _launch(
 
 
 def _check_port(host: str, port: int) -> None:
-    """Raise ValueError where nobody can listen there."""
+    """Raise ValueError if the address cannot be listened on."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

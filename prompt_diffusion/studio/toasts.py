@@ -19,7 +19,7 @@ class StoppedError(Exception):
 
 
 def toast_errors(action: Callable[P, R]) -> Callable[P, R]:
-    """Show what an action raises as a sentence; what is no user's mistake goes to the log of the terminal in full."""
+    """Show an action's error as one sentence; errors that are not the user's mistake are logged in full in the terminal."""
 
     @wraps(action)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -1,4 +1,4 @@
-"""Tell MLflow what trainings on this machine could not: ``python -m prompt_diffusion.tracking``."""
+"""Deliver to MLflow what trainings on this machine could not: ``python -m prompt_diffusion.tracking``."""
 
 import logging
 import sys
@@ -8,7 +8,7 @@ from prompt_diffusion.tracking.delivery import deliver_outboxes
 
 
 def main() -> int:
-    """Deliver every outbox; 1 where something is left, which a warning names."""
+    """Deliver every outbox; return 1 where something is left, which a warning names."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         left = deliver_outboxes(load_settings())

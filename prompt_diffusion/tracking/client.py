@@ -24,15 +24,15 @@ _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 _DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _KNOCK_SECONDS = 5
 _MAX_EXPERIMENTS = 100
-_LOCK = threading.Lock()  # of this process's threads one at a time makes the database, the experiment and a run
+_LOCK = threading.Lock()  # one thread of this process at a time creates the database, the experiment and a run
 
 
 def check_tracking_uri(uri: str) -> None:
-    """Raise ValueError, in one sentence, for a tracking URI that no server and no database can ever be behind."""
+    """Raise ValueError, in one sentence, for a tracking URI that can belong to no server or database."""
     try:
         parts = urlsplit(uri)
         has_place = bool(parts.hostname) and parts.port != 0  # the port of a malformed address raises ValueError
-    except ValueError:  # its message holds a part of the address, which may be one of a password
+    except ValueError:  # its message holds a part of the address, which may be part of a password
         raise _refuse(uri, "its host or port is malformed") from None
     scheme = parts.scheme.partition("+")[0]
     if scheme in ("http", "https"):
@@ -57,14 +57,14 @@ def _refuse(uri: str, reason: str) -> ValueError:
 
 
 def hide_password(text: str) -> str:
-    """Return a text in which no address says who asks, and with which password."""
+    """Return a text whose addresses hold no user and no password."""
     return re.sub(r"://\S*@", "://***@", text)
 
 
 def connect(settings: Settings) -> "MlflowClient":
-    """Return a client of the tracking server or database that the settings name; a SQLite file that is missing is made.
+    """Return a client of the tracking server or database that the settings name; a missing SQLite file is created.
 
-    ValueError, in one sentence, for a file that is no database of MLflow's, or a half-made one.
+    ValueError, in one sentence, for a file that is not an MLflow database, or an unfinished one.
     """
     check_tracking_uri(settings.tracking_uri)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -79,10 +79,10 @@ def connect(settings: Settings) -> "MlflowClient":
 
 
 def knock(settings: Settings) -> None:
-    """Raise ConnectionError within seconds where a tracking server does not answer or is not well, or a database's machine
-    takes no connection.
+    """Raise ConnectionError within seconds where a tracking server does not answer or is unhealthy, or a database's host
+    accepts no connection.
 
-    MLflow's own client would try for minutes, as its environment variables say; those stay as they are, for everybody else.
+    MLflow's own client would try for minutes, as its environment variables say; those are left unchanged for other code.
     """
     if not settings.tracking_uri.startswith(("http://", "https://")):
         _knock_database(settings.tracking_uri)
@@ -142,7 +142,7 @@ def find_or_create_run(
 
 
 def _list_experiments(client: "MlflowClient") -> "list[Experiment]":
-    """Return our experiments: the first, and those that took its place when a person had deleted the one before."""
+    """Return our experiments: the first, and those that replaced one that a person had deleted."""
     names = [EXPERIMENT, *(f"{EXPERIMENT}-{number}" for number in range(2, _MAX_EXPERIMENTS))]
     return list(takewhile(lambda experiment: experiment is not None, map(client.get_experiment_by_name, names)))
 

@@ -1,6 +1,6 @@
-"""MLflow's database in a file: made whole before it has its name, and recognised where it is not.
+"""MLflow's database in a file: completed before it gets its name, and recognised where it is not.
 
-MLflow makes its tables in place, in a hundred statements: who is killed meanwhile, or not alone, leaves a file that no later
+MLflow makes its tables in place, in a hundred statements: a process killed meanwhile, or not alone, leaves a file that no later
 run can open. So the tables are made in a temporary file beside it, under a lock, and the whole file is put in its place.
 """
 
@@ -44,7 +44,7 @@ def check_database(path: Path) -> None:
 
 
 def make_database(path: Path) -> None:
-    """Make the database where there is none; of all that do so at once, one does. ValueError as `check_database` raises it."""
+    """Make the database where there is none; of several at once, one does. ValueError as ``check_database`` raises it."""
     if not _is_missing(path):
         check_database(path)
         return
@@ -65,7 +65,7 @@ def make_database(path: Path) -> None:
 
 
 def _make_tables(path: Path) -> None:
-    """Make MLflow's tables in a file that is nobody else's, all in it when this returns."""
+    """Make MLflow's tables in a file that no one else uses; all are in it when this returns."""
     from mlflow.store.db import utils
 
     engine = create_engine(URL.create("sqlite", database=str(path)))

@@ -1,8 +1,8 @@
 """From an outbox to MLflow: in order, each point once, however often it is tried.
 
 Two rules make it so. A record keeps the time at which it was written, and MLflow's store holds a row of the same key, time,
-step and value once: sending a batch again whose answer was lost adds nothing. And of each metric only what lies beyond the
-last step that MLflow has is sent: a training that goes back to its checkpoint tells some steps twice, and the first stands.
+step and value once: sending a batch again whose answer was lost adds nothing. And of each metric only the steps beyond the
+last one that MLflow has are sent: a training that goes back to its checkpoint reports some steps twice; the first stands.
 """
 
 import json
@@ -47,7 +47,7 @@ class Courier:
             for kind, group in groupby(records, key=_find_kind):
                 _SENDERS[kind](self, client, list(group))
         except BaseException:
-            self._client = None  # ask again what MLflow has: it may have heard more than it could confirm
+            self._client = None  # ask again what MLflow has: it may have received more than it could confirm
             raise
         self.position = end
 
@@ -66,7 +66,7 @@ class Courier:
         return client
 
     def _begin(self, client: "MlflowClient", records: Sequence[Record]) -> None:
-        """Say what is trained on what: an attempt's name, its parameters (which never change) and its inputs."""
+        """Describe what is trained on what: an attempt's name, its parameters (which never change) and its inputs."""
         from mlflow.entities import Dataset, DatasetInput, Param
 
         known = client.get_run(self._run_id).data.params
@@ -107,7 +107,7 @@ class Courier:
             artifact = record["artifact"]
             file = self.outbox.file(artifact)
             if not file.exists():
-                continue  # it went with an earlier try
+                continue  # it was sent by an earlier try
             client.log_artifact(self._run_id, str(file), artifact.rpartition("/")[0] or None)
             file.unlink(missing_ok=True)
 
@@ -129,7 +129,7 @@ def _find_kind(record: Record) -> str:
 
 
 def deliver_outboxes(settings: Settings) -> list[Outbox]:
-    """Deliver what trainings on this machine could not, and return the outboxes of which something is still left.
+    """Deliver what trainings on this machine could not, and return the outboxes that are not empty yet.
 
     ValueError for a tracking URI that leads nowhere.
     """

@@ -1,4 +1,4 @@
-"""What MLflow's run says about a training beside its curves: configuration, inputs, code, versions; imports no torch."""
+"""What MLflow's run says about a training besides its curves: configuration, inputs, code, versions; imports no torch."""
 
 import getpass
 import os
@@ -26,14 +26,14 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def collect_tags() -> dict[str, str]:
-    """Return git revision, versions and user, as tags; those that MLflow's page knows under its own names."""
+    """Return git revision, versions and user, as tags, under MLflow's own names where its page has them."""
     versions = {f"version.{name}": version for name, version in find_versions().items()}
     source = {"mlflow.user": find_user(), "mlflow.source.name": _PACKAGE.name, "mlflow.source.type": "LOCAL"}
     return find_revision(_PACKAGE) | versions | source
 
 
 def find_user() -> str:
-    """Return who runs this: a name, or the number of a user without one, as containers have them."""
+    """Return who runs this: a name, or the numeric id of a user without one, as in containers."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # no variable names the user, and there is no entry in the passwd file
@@ -41,7 +41,7 @@ def find_user() -> str:
 
 
 def find_revision(package: Path) -> dict[str, str]:
-    """Return git's revision of a package's checkout and whether anything in it differs from that; nothing without git."""
+    """Return git's revision of a package's checkout and whether it has local changes; nothing without git."""
     try:
         # A package that is installed inside of somebody else's checkout is not tracked there: that revision is not ours.
         _ask_git(package, "ls-files", "--error-unmatch", "__init__.py")

@@ -12,13 +12,13 @@ from prompt_diffusion.tracking.outbox import Outbox
 logger = logging.getLogger(__name__)
 
 MODEL_FILES = ("grid.png", "losses.parquet", "config.json")
-"""What of a sealed training lies beside its metrics."""
+"""The files of a sealed training that are kept beside its metrics."""
 
 
 def finish_run(settings: Settings, model: ManifestRef) -> None:
-    """End the run of a sealed training that still stands as running, or lacks the training's losses; else do nothing.
+    """End the run of a sealed training that is still marked as running, or lacks the training's losses; else do nothing.
 
-    Called by whoever finds a training sealed. Where MLflow cannot be asked, that is logged, and the next one does it.
+    Called wherever a training is found sealed. Where MLflow cannot be reached, that is logged, and the next call does it.
     """
     outbox = Outbox(find_folder(settings), model.fingerprint)
     try:
@@ -43,7 +43,7 @@ def finish_run(settings: Settings, model: ManifestRef) -> None:
 
 
 def _is_unfinished(settings: Settings, fingerprint: str) -> bool:
-    """Say whether MLflow has a run of the training that was not ended, or did not hear what the training sealed."""
+    """Say whether MLflow has a run of the training that was not ended, or lacks what the training sealed."""
     knock(settings)
     client = connect(settings)
     run = find_run(client, fingerprint)

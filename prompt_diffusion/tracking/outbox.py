@@ -1,9 +1,9 @@
-"""What MLflow is to be told of a training, on the local disk before it is sent: it outlives an outage, and this process.
+"""What MLflow is to receive of a training, on the local disk before it is sent: it outlives an outage, and this process.
 
 ``{cache_dir}/tracking/{fingerprint}.jsonl`` has one JSON object a line, only ever appended to; the files that are to become
 artifacts lie in ``{fingerprint}.files/``. Both go once everything has arrived. A line is complete once the call returns,
-whatever happens to the process; only the machine's own crash can take the last ones, and a training that goes on from its
-checkpoint tells them again.
+whatever happens to the process; only a crash of the machine can lose the last ones, and a training that resumes from its
+checkpoint reports them again.
 """
 
 import fcntl
@@ -28,7 +28,7 @@ class Outbox:
         self._writer: BinaryIO | None = None
 
     def open(self) -> None:
-        """Make ready for writing, and keep others from clearing it; what a killed process left of a line goes."""
+        """Make ready for writing, and keep others from clearing it; a line that a killed process left incomplete is removed."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             writer = self.path.open("a+b", buffering=0)
@@ -58,7 +58,7 @@ class Outbox:
         self.write({"artifact": artifact})
 
     def file(self, artifact: str) -> Path:
-        """Return where the file lies that becomes the artifact; it is gone once sent."""
+        """Return the path of the file that becomes the artifact; it is gone once sent."""
         return self._files / artifact
 
     def read(self, position: int) -> tuple[list[Record], int]:
@@ -82,5 +82,5 @@ class Outbox:
 
 
 def list_outboxes(folder: Path) -> list[Outbox]:
-    """Return the outboxes in a folder: of trainings that go on, and of those that MLflow has not heard all of."""
+    """Return the outboxes in a folder: of running trainings, and of those not yet fully delivered."""
     return [Outbox(folder, path.name.removesuffix(_SUFFIX)) for path in sorted(folder.glob(f"*{_SUFFIX}"))]

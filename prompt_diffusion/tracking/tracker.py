@@ -149,7 +149,7 @@ class RunTracker:
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
                 continue
             if pause > _FIRST_PAUSE_SECONDS:
-                # a warning, too, so that whoever saw the first one sees this one
+                # a warning, too, so that anyone who saw the first one sees this one
                 logger.warning("MLflow answers again and has received everything that it missed")
             pause = _FIRST_PAUSE_SECONDS
             if is_last:
@@ -159,7 +159,7 @@ class RunTracker:
 
 
 def _collect_metrics(event: StepEvent) -> dict[str, float]:
-    """Return a step's metrics by MLflow's names: its page groups them by what stands before the slash."""
+    """Return a step's metrics by MLflow's names: its page groups them by the part before the slash."""
     metrics = {
         "loss": event.loss,
         "gradient_norm": event.gradient_norm,
@@ -175,5 +175,5 @@ def _collect_metrics(event: StepEvent) -> dict[str, float]:
 
 
 def _now() -> int:
-    """Return the time as MLflow has it: milliseconds since 1970."""
+    """Return the time as MLflow counts it: milliseconds since 1970."""
     return time.time_ns() // 1_000_000

@@ -12,7 +12,7 @@ Draw = Literal["row", "group"]
 
 
 class DropoutConfig(FrozenModel):
-    """One uniform number u a sample decides whether its text is emptied and whether its example pair becomes mid-grey.
+    """One uniform number u per sample decides whether its text is emptied and whether its example pair becomes mid-grey.
 
     Published: text 0.10, example pair 0.10, overlap 0.05: u < 0.10 empties the text, 0.05 <= u < 0.15 zeroes the pair.
     """
@@ -38,7 +38,7 @@ class SamplingConfig(FrozenModel):
 
 class TrainConfig(FrozenModel):
     """The recipe of one training; the defaults are the published facts (see ``presets.paper`` for their
-    sources), but for ``draw`` and ``sampling``."""
+    sources), except for ``draw`` and ``sampling``."""
 
     base: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     """Base model: ``demo-base``, a folder in diffusers' layout, a hub's repository (``name`` or ``name@revision``), or a
@@ -73,7 +73,7 @@ class TrainConfig(FrozenModel):
     sampling: SamplingConfig = SamplingConfig()
     """How images are generated with the model; saved with it."""
     batch_size: int = Field(default=512, ge=1, le=1_000_000)
-    """Samples a step, over all processes and micro-batches."""
+    """Samples per step, over all processes and micro-batches."""
     num_steps: int = Field(default=5000, ge=1, le=1_000_000_000)
     """Optimizer steps."""
     seed: int = 0

@@ -1,6 +1,6 @@
 """Stages ``encode`` and ``encode-text``: what the frozen networks make of targets and captions, once and not in every step.
 
-There is no augmentation, so sampling from the stored mean and standard deviation loses nothing against the encoder itself, and
+There is no augmentation, so sampling from the stored mean and standard deviation loses nothing against running the encoder, and
 a caption's embedding is the same whenever it is computed.
 """
 
@@ -66,7 +66,7 @@ class Encode(ShardedStage[EncodeResources]):
 
     @property
     def title(self) -> str:
-        """What people call it."""
+        """The name shown to people."""
         return f"encode {self.manifest.identity.config.get('condition', 'image')}"
 
     def identify(self) -> StageIdentity:
@@ -84,7 +84,7 @@ class Encode(ShardedStage[EncodeResources]):
 
     @contextmanager
     def open_maker(self, context: Context[EncodeResources]) -> Iterator[MakeShard]:
-        """Give what encodes a shard's images."""
+        """Yield the function that encodes a shard's images."""
         manifest, column = self.manifest, _COLUMNS[self.images.stage]
         base = _load_when_needed(self.config, context.resources)
 
@@ -112,7 +112,7 @@ class EncodeText(ShardedStage[EncodeResources]):
 
     @property
     def title(self) -> str:
-        """What people call it."""
+        """The name shown to people."""
         return "encode text"
 
     def identify(self) -> StageIdentity:
@@ -128,7 +128,7 @@ class EncodeText(ShardedStage[EncodeResources]):
 
     @contextmanager
     def open_maker(self, context: Context[EncodeResources]) -> Iterator[MakeShard]:
-        """Give what embeds a shard's captions."""
+        """Yield the function that embeds a shard's captions."""
         manifest, base = self.manifest, _load_when_needed(self.config, context.resources)
 
         def make_shard(index: int) -> ShardRows:
@@ -141,7 +141,7 @@ class EncodeText(ShardedStage[EncodeResources]):
 
 
 def _load_when_needed(config: EncodeConfig, resources: EncodeResources) -> "Callable[[], Base]":
-    """Return the base, loaded for the first missing shard: where every shard was left by an earlier run, no weights are."""
+    """Return the base, loaded for the first missing shard: where an earlier run left every shard, no weights are loaded."""
 
     @cache
     def load() -> "Base":

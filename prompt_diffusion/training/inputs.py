@@ -48,7 +48,7 @@ class TrainInputs(Dataset):
         )
 
     def narrow(self, vision_tasks: Iterable[str]) -> "TrainInputs":
-        """Keep what those vision tasks read, of each dataset that one of them reads; ValueError names what is not there."""
+        """Keep what those vision tasks read, of each dataset that one of them reads; ValueError names what is missing."""
         tasks: dict[int, list[VisionTask]] = {}
         for name in vision_tasks:
             tasks.setdefault(self.find_dataset(name), []).append(find_vision_task(name))

@@ -1,6 +1,6 @@
-"""Launching a training from any process that knows no torch: a child, several through torchrun, or many through Ray Train.
+"""Launching a training from a process that does not load torch: a child, several through torchrun, or many through Ray Train.
 
-Every engine is one command that reads one file and prints one JSON object a line on standard output: progress, then the
+Every engine is one command that reads one file and prints one JSON object per line on standard output: progress, then the
 sealed reference, or a user's mistake in one sentence. The file lies in the stage's folder of the store and stays there, so
 that the command, which is logged, can be run by hand, on any machine that reaches the store.
 """
@@ -19,10 +19,10 @@ from prompt_diffusion.store.records import ManifestRef
 
 logger = logging.getLogger(__name__)
 
-STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: try again, and it goes on
+STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: try again, and it resumes
 MAX_RESTARTS = 3
 SAVING_SECONDS = 60
-"""Time that a process has, once it is asked to stop, for the step that it is in and for a checkpoint."""
+"""Time that a process has, once it is asked to stop, to finish its step and save a checkpoint."""
 LAUNCHER_VARIABLE = "PROMPT_DIFFUSION_LAUNCHER_PID"
 """Names the process that a training ends with; run by hand, a training has none."""
 _TORCHRUN_VARIABLES = {
@@ -32,11 +32,11 @@ _GRACE_SECONDS = SAVING_SECONDS + 30.0
 
 
 class TrainingStoppedError(RuntimeError):
-    """The training ended before its last step; its checkpoints are whole and the same command goes on."""
+    """The training ended before its last step; its checkpoints are whole and the same command resumes it."""
 
 
 class TimeLimitError(TrainingStoppedError):
-    """The training was stopped by ``resources.time_limit_seconds``: to go on at once would defeat the limit."""
+    """The training was stopped by ``resources.time_limit_seconds``: to resume at once would defeat the limit."""
 
 
 def build_command(spec_uri: str, resources: TrainResources) -> list[str]:
@@ -46,8 +46,8 @@ def build_command(spec_uri: str, resources: TrainResources) -> list[str]:
     target = ["-m", "prompt_diffusion.training.run", spec_uri]
     if resources.num_processes == 1:
         return [sys.executable, *target]
-    # torch 2.15's processes meet again, after a restart, in the store of the attempt before, and look for its dead at
-    # addresses that nothing listens on: each attempt then fails or hangs, now and again. May go when that is mended.
+    # After a restart, torch 2.15's processes meet in the store of the previous attempt and look for its dead processes at
+    # addresses that nothing listens on: now and then an attempt fails or hangs. May go when that is fixed.
     own_store = ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={resources.num_processes}"]
     torchrun += ["--log-dir", os.devnull]  # the processes' output is ours anyway; else a folder is left each time
@@ -113,7 +113,7 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 @contextmanager
 def _limit_time(process: subprocess.Popen[str], seconds: float | None) -> Iterator[Callable[[], bool]]:
-    """Stop the process once the time has passed; what is given says whether it was stopped so."""
+    """Stop the process once the time has passed; yields a function that says whether it was."""
     ended, limited = threading.Event(), threading.Event()
 
     def watch() -> None:

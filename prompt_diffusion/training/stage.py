@@ -24,7 +24,7 @@ VERSION = 3
 
 
 class TrainSpec(FrozenModel):
-    """All that a training process is told, as one JSON file."""
+    """All that a training process is given, as one JSON file."""
 
     config: TrainConfig
     inputs: TrainInputs
@@ -41,10 +41,10 @@ class TrainProgress(Progress):
 
 @dataclass(frozen=True)
 class Train(Stage[TrainResources]):
-    """The stage: one model, trained in other processes, which go on from the last checkpoint of an earlier run.
+    """The stage: one model, trained in other processes, which resume from the last checkpoint of an earlier run.
 
     ValueError, in one sentence, for a user's mistake, here or in the training. ``TrainingStoppedError`` says that the run
-    stopped and can go on. The processes never outlive this one by more than the time of one step and a checkpoint.
+    stopped and can be resumed. The processes never outlive this one by more than the time of one step and a checkpoint.
     """
 
     config: TrainConfig
@@ -52,7 +52,7 @@ class Train(Stage[TrainResources]):
 
     @property
     def title(self) -> str:
-        """How people call a training: its method, and the vision task of one that knows a single one."""
+        """The name shown to people: the training's method, and the vision task of one that has a single one."""
         method = {"prompt_diffusion": "Prompt Diffusion", "controlnet": "CN(FT)"}[self.config.method]
         return method if len(self.config.vision_tasks) > 1 else f"{method} {self.config.vision_tasks[0]}"
 
@@ -75,7 +75,7 @@ class Train(Stage[TrainResources]):
         )
 
     def run(self, context: Context[TrainResources]) -> ManifestRef:
-        """Train in a child, through torchrun or on Ray; the context hears the command, the hardware and every step."""
+        """Train in a child, through torchrun or on Ray; the context receives the command, the hardware and every step."""
         resources = context.resources
         check_training(self.config, self.inputs, resources)
         if resources.engine == "ray" and find_spec("ray") is None:
@@ -94,7 +94,7 @@ class Train(Stage[TrainResources]):
 
 
 def write_spec(stage: Train, store_root: str, resources: TrainResources) -> str:
-    """Write what a training process is told into the stage's folder, under a name of its content; return its URI."""
+    """Write what a training process is given into the stage's folder, named by its content; return its URI."""
     folder = local_path(store_root)
     spec = TrainSpec(
         config=stage.config,

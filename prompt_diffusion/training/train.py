@@ -63,7 +63,7 @@ def run_train(
     if sealed is not None:
         return sealed
     with own_stage(identity.uri(store_root), world) as check_owner:
-        sealed = find_sealed(identity, store_root)  # another run may have ended it while this one waited
+        sealed = find_sealed(identity, store_root)  # another run may have finished it while this one waited
         return sealed or _train(stage, store_root, resources, world, on_event, check_owner)
 
 
@@ -141,13 +141,13 @@ def build_controlnet(config: TrainConfig, base: Base) -> PromptDiffusionControlN
 def place_networks(
     base: Base, controlnet: PromptDiffusionControlNet, device: torch.device, resources: TrainResources
 ) -> None:
-    """Move the networks to the device, in the layout and with the means that its resources say."""
+    """Move the networks to the device, in the layout and with the options that its resources say."""
     for part in (base.unet, base.text_encoder, base.vae, controlnet):
         part.to(device)
     if device.type == "cuda":  # tensor cores read channels last
         base.unet.to(memory_format=torch.channels_last)
         controlnet.to(memory_format=torch.channels_last)
-    # on a CPU only the stems, wide and with few channels, are faster so (by a fifth); the rest is faster without
+    # on a CPU only the stems, wide and with few channels, are faster this way (by a fifth); the rest is faster without
     for stem in (controlnet.query_stem, controlnet.example_stem):
         if stem is not None:
             stem.to(memory_format=torch.channels_last)
@@ -191,7 +191,7 @@ def _seal_model(
         "steps": state.step,
         "samples": state.step * config.batch_size,
         "skipped_steps": state.num_skipped,
-        "processes": num_processes,  # no part of the identity, though sums over other shares round otherwise
+        "processes": num_processes,  # not part of the identity, though sums over other shares round differently
     }
     return seal_manifest(identity, store_root, files, counts=counts)
 

@@ -50,7 +50,7 @@ def test_a_dry_run_says_what_a_training_would_take_and_writes_nothing(tmp_path):
         "fingerprint: known once the stages before are sealed",
         "the configuration of 'demo-base'",
         "steps: 7 of 6 samples, 42 samples in all",
-        "GFLOP a sample",
+        "GFLOP per sample",
         "1 x 2 TFLOP/s sustained (as given)",
         "checkpoint: 0.0279 GB",
     ):

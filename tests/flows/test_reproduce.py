@@ -57,9 +57,10 @@ def test_a_table_is_made_with_a_cell_for_each_method_and_vision_task(table: Mani
 
 def test_the_table_and_a_link_to_the_report_are_shown_in_prefects_page(table: ManifestRef) -> None:
     with get_client(sync_client=True) as client:
-        shown = {artifact.key: artifact for artifact in client.read_artifacts()}
-    assert {"benchmark-table", "benchmark-cells", "report"} <= shown.keys()
-    assert Path(table.uri, "report.html").as_uri() in str(shown["report"].data)
+        shown = client.read_artifacts()
+    assert {"benchmark-table", "benchmark-cells", "report"} <= {artifact.key for artifact in shown}
+    # the server is shared with other tests: among theirs is this report
+    assert any(Path(table.uri, "report.html").as_uri() in str(artifact.data) for artifact in shown)
 
 
 def test_a_second_run_writes_nothing_to_the_store(table: ManifestRef, store: str) -> None:

@@ -1,5 +1,7 @@
 """A run is resolved once: what its names mean at the start, they mean to the end, while the run itself moves an alias."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,14 +29,19 @@ def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Settings:
 
 
 def test_a_registered_base_is_looked_up_once_in_a_whole_reproduction_and_stays_what_it_was(
-    settings: Settings, tiny_pipeline: str, tmp_store: str, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, tiny_pipeline: str, tmp_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register_folder(Path(tiny_pipeline), settings, facts=FACTS)
+    other = Path(shutil.copytree(tiny_pipeline, tmp_path / "other"))
+    index = json.loads((other / "model_index.json").read_text())
+    (other / "model_index.json").write_text(json.dumps({**index, "default_num_inference_steps": 7}))
     asked: list[str] = []
 
     def ask(reference: str, settings: Settings) -> Path:
         asked.append(reference)
-        return fetch(reference, settings)
+        found = fetch(reference, settings)
+        register_folder(other, settings, facts=FACTS)  # and the alias names another model from here on
+        return found
 
     monkeypatch.setattr(flows.run, "fetch", ask)
     overrides = {
@@ -49,7 +56,7 @@ def test_a_registered_base_is_looked_up_once_in_a_whole_reproduction_and_stays_w
     bases = {open_manifest(str(folder)).identity.digests["base"] for folder in Path(tmp_store, "train").iterdir()}
     assert len(bases) == 1, "the joint model and its baseline start from one base"
     assert table.rows == 2
-    # The training became the challenger: the same words mean another model now, and another training.
+    # In the next run the same words mean another model.
     moved = start_run("smoke", overrides, tmp_store)
     assert moved.config.train.base != str(fetch("models:/prompt-diffusion/1", settings).resolve())
 

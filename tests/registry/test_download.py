@@ -188,7 +188,7 @@ def test_a_name_that_is_not_registered_says_which_are(imported):
         ("http://127.0.0.1:1", "does not answer"),
         ("postgresql://user@127.0.0.1:1/mlflow", "does not answer"),
         ("sqlite:///{folder}/none.db", "there is no registry yet"),
-        ("sqlite:///{folder}/text.db", "cannot be read"),
+        ("sqlite:///{folder}/text.db", "is no SQLite database"),
     ],
 )
 def test_a_registry_that_does_not_answer_is_one_sentence(settings, tmp_path, uri, says):

@@ -30,7 +30,7 @@ def test_stop_ends_the_visitor_s_own_run_at_its_next_step(make, actions, tiny_pi
 
 
 def test_a_page_that_others_can_reach_loads_no_folder_but_its_own(make, tiny_base):
-    with pytest.raises(ValueError, match="takes registered models alone"):
+    with pytest.raises(ValueError, match="accepts only registered models"):
         make({"model": tiny_base})
 
 

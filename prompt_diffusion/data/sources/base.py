@@ -16,7 +16,7 @@ from prompt_diffusion.store.manifest import Reject
 from prompt_diffusion.store.retries import describe_error
 from prompt_diffusion.store.storage import exists, join_uri, local_path, read_bytes
 
-_NAME_BYTES = 1024  # the most that S3 takes
+_NAME_BYTES = 1024  # S3's limit
 # What the operating system says of a name or of one file, not of the disk or the network.
 _OF_ONE_FILE = (
     errno.EACCES, errno.EPERM, errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO,
@@ -36,7 +36,7 @@ class SourceOptions(FrozenModel):
     """What the configurations of all sources share."""
 
     def list_scientific(self) -> dict[str, Any]:
-        """Return the fields that shape the samples: all but the place where the source lies."""
+        """Return the fields that shape the samples: all but the source's location."""
         return self.model_dump(mode="json", exclude={"uri"})
 
 
@@ -52,18 +52,18 @@ class SampleKey:
     row: int = 0
     """Its row in that file."""
     published: Split | None = None
-    """The split that its source puts it in; None where the source says nothing of splits."""
+    """The split that its source puts it in; None where the source does not mention splits."""
     reject: str = ""
-    """Why it is no sample, where that is known before reading it."""
+    """Why it is not a sample, where that is known before reading it."""
     split: Split = "train"
-    """Set by the ingest, from what is published and the groups' order."""
+    """Set by ingestion, from the published splits and the groups' order."""
 
 
 class Source(Protocol):
     """Where image pairs come from."""
 
     def digest(self) -> str:
-        """Return a digest of the content that lies there, wherever that is; "" where the configuration says all."""
+        """Return a digest of the content, wherever it is stored; "" where the configuration determines it."""
         ...
 
     def plan(self) -> list[SampleKey]:
@@ -76,7 +76,7 @@ class Source(Protocol):
 
 
 def find_split(words: str) -> Split | None:
-    """Return the split that a name says, as Hugging Face's data sets say it (`test-00000-of-00002`, `val`), None if none."""
+    """Return the split that a name says, as Hugging Face's data sets say it (``test-00000-of-00002``, ``val``), or None."""
     for word in re.split(r"[^a-z]+", words.lower()):
         if word in _SPLIT_WORDS:
             return _SPLIT_WORDS[word]
@@ -86,7 +86,7 @@ def find_split(words: str) -> Split | None:
 def load_picture(data: bytes, image_size: int | None, white: int = WHITE_16_BIT) -> bytes:
     """Return an image file as PNG of (image_size, image_size); ValueError with the reason where that cannot be done.
 
-    None leaves the file as it is: an annotator decodes it at its own resolution. `white` as `decode_image` takes it.
+    None leaves the file as it is: an annotator decodes it at its own resolution. ``white`` as ``decode_image`` takes it.
     """
     if image_size is None:
         return data if white == WHITE_16_BIT else encode_png(decode_image(data, white))
@@ -94,9 +94,9 @@ def load_picture(data: bytes, image_size: int | None, white: int = WHITE_16_BIT)
 
 
 def locate(root: str, name: str) -> str:
-    """Return where a file of a source lies; ValueError for an address, and a name that leads out of a bucket.
+    """Return the location of a source's file; ValueError for an address, and for a name that leads out of a bucket.
 
-    A local `..` is the operating system's to follow, through links; elsewhere it is a matter of names alone.
+    A local ``..`` is resolved by the operating system, through links; elsewhere by names alone.
     """
     if "://" in name:
         raise ValueError(f"{name} is an address: names are relative to {root}")
@@ -113,7 +113,7 @@ def locate(root: str, name: str) -> str:
 def read_file(root: str, name: str) -> bytes:
     """Return a file of a sample; ValueError names it, relative to its source, and says why it cannot be read.
 
-    A store that fails passes: a lost connection must not become a reject that stays.
+    A store's failure propagates: a lost connection must not become a permanent reject.
     """
     if not is_name(name):
         raise ValueError(f"{name[:40]!a} is no file name: it has {len(name)} letters, or one that no name can have")
@@ -137,7 +137,7 @@ def is_name(name: str) -> bool:
 
 
 def check_captions(texts: Mapping[str, object], needed: Sequence[str]) -> dict[str, str]:
-    """Return the texts stripped, "" for an absent one; ValueError names a needed one that is missing or no text."""
+    """Return the texts stripped, "" for an absent one; ValueError names a required one that is missing or not text."""
     read = {name: read_text(name, text) for name, text in texts.items()}
     missing = [name for name in needed if not read[name]]
     if missing:
@@ -146,7 +146,7 @@ def check_captions(texts: Mapping[str, object], needed: Sequence[str]) -> dict[s
 
 
 def read_text(name: str, text: object) -> str:
-    """Return a cell's text stripped, "" for None; ValueError where it is no text, or one that no file can hold."""
+    """Return a cell's text stripped, "" for None; ValueError where it is not text, or cannot be encoded."""
     if isinstance(text, bytes):
         try:
             text = text.decode()
@@ -161,17 +161,17 @@ def read_text(name: str, text: object) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """Say whether a text can be written: JSON can name half of a surrogate pair, and no encoding holds one."""
+    """Say whether a text can be encoded: JSON can hold half of a surrogate pair, which no encoding can."""
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def write_safely(text: str) -> str:
-    """Return a text that can be written, its halves of surrogate pairs as their codes."""
+    """Return a text that can be encoded, with lone surrogates replaced by their codes."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _explain_missing(root: str, name: str) -> str:
-    """Return what is likely to be wrong with the name of a file that is not there; "" where nothing is seen."""
+    """Return what is probably wrong with the name of a missing file; "" where nothing stands out."""
     if re.match(r"[A-Za-z]:[\\/]|/", name):
         return f": names are relative to {root}"
     if "\\" in name:

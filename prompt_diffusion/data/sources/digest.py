@@ -1,4 +1,4 @@
-"""One digest of all files that a source names, wherever they lie, and of no other."""
+"""One digest of all files that a source names, wherever they are stored, and of no other."""
 
 import hashlib
 import posixpath
@@ -20,15 +20,15 @@ from prompt_diffusion.store.storage import (
 
 HASHED_BYTES = 1 << 30
 """Sources up to this size are digested by content, larger ones by names and sizes: nobody reads 400 GB to look something up."""
-_FEW_FILES = 16  # so many are asked for one by one; more are found by listing their folder
+_FEW_FILES = 16  # up to this many are requested one by one; more are found by listing their folder
 
 
 def digest_files(root: str, names: Iterable[str], *contents: bytes, ends: Mapping[str, int] | None = None) -> str:
-    """Return a digest of the named files, wherever they lie, and of the given contents.
+    """Return a digest of the named files, wherever they are stored, and of the given contents.
 
-    Up to 1 GiB in all, a file is its name and the MD5 of its content, which S3's listing gives for nothing; beyond, its
+    Up to 1 GiB in all, a file is its name and the MD5 of its content, which S3's listing includes; beyond that, its
     name and its size (an image that is changed in place to one of the same size then goes unseen), and for those in
-    `ends` the digest of so many last bytes. What is missing is told by its name.
+    ``ends`` the digest of that many last bytes. A missing file counts by its name.
     """
     facts = find_all_facts(root, names)
     sizes = [found.size for found in facts.values() if found is not None]
@@ -81,7 +81,7 @@ def _hash_content(uri: str, size: int | None) -> str | None:
 
 @lru_cache(maxsize=1 << 16)
 def _hash_remote(uri: str, size: int | None) -> str:
-    """Read a remote file for its digest once a process."""
+    """Read a remote file for its digest once per process."""
     return _md5(read_bytes(uri))
 
 

@@ -1,9 +1,9 @@
-"""The `image_folder` source: a user's own images with captions, or (source, target) pairs of a user's own vision task.
+"""The ``image_folder`` source: a user's own images with captions, or (source, target) pairs of a user's own vision task.
 
-A table beside the images lists them, named as Hugging Face's image folders name it: `metadata.csv`, `metadata.jsonl` or
-`metadata.parquet`, with the columns `file_name` and `caption`; for pairs `source_file_name`, `target_file_name` and
-`caption`. A row is a sample: an image may have several captions, a target several sources. A column `group` may join rows
-into prompt groups, a column `split` say where they belong. One image stands on both sides of its record.
+A table beside the images lists them, named as Hugging Face's image folders name it: ``metadata.csv``, ``metadata.jsonl`` or
+``metadata.parquet``, with the columns ``file_name`` and ``caption``; for pairs ``source_file_name``, ``target_file_name`` and
+``caption``. A row is a sample: an image may have several captions, a target several sources. A column ``group`` may join rows
+into prompt groups, a column ``split`` say where they belong. One image stands on both sides of its record.
 """
 
 import logging
@@ -46,7 +46,7 @@ class ImageFolderConfig(SourceOptions):
 
     kind: Literal["image_folder"] = "image_folder"
     uri: str
-    """The folder with the images and `metadata.csv`, `metadata.jsonl` or `metadata.parquet`."""
+    """The folder with the images and ``metadata.csv``, ``metadata.jsonl`` or ``metadata.parquet``."""
     condition: str | None = Field(default=None, pattern=r"^[a-z][a-z0-9_]*$")
     """For pairs: what the source images are, by the name of the vision task's condition. None for single images."""
     image_column: str = "file_name"
@@ -60,9 +60,9 @@ class ImageFolderConfig(SourceOptions):
     group_column: str = "group"
     """The table's column of prompt groups, if it has one."""
     published_splits: PublishedSplits = "keep"
-    """What to do with a column `split` (train, validation, test): keep its splits, or ignore it and split anew."""
+    """What to do with a column ``split`` (train, validation, test): keep its splits, or ignore it and split anew."""
     white_16_bit: int = Field(default=WHITE_16_BIT, ge=1, le=WHITE_16_BIT)
-    """The 16-bit grey value that becomes white. 65535 is the formats' own; depth in millimetres wants its range: 10000."""
+    """The 16-bit grey value that becomes white. 65535 is the formats' own; depth in millimetres needs its range: 10000."""
 
     @property
     def image_columns(self) -> tuple[str, ...]:
@@ -71,7 +71,7 @@ class ImageFolderConfig(SourceOptions):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Every column that is read where it is there."""
+        """Every column that is read if present."""
         return (*self.image_columns, self.caption_column, self.group_column, "split")
 
 
@@ -93,7 +93,7 @@ class ImageFolderSource:
         return digest_files(self.config.uri, names, self._data)
 
     def plan(self) -> list[SampleKey]:
-        """Return the rows of the table in its order; a row that says what an earlier one said is a reject."""
+        """Return the rows of the table in its order; a row that repeats an earlier one is a reject."""
         keys: list[SampleKey] = []
         taken: set[str] = set()
         first_places: dict[str, str] = {}
@@ -170,7 +170,7 @@ class ImageFolderSource:
         return texts
 
     def _read_group(self, row: TableRow) -> str:
-        """Return the prompt group that a row names, "" for none: None, an empty text and NaN are none, 0 is one."""
+        """Return the prompt group that a row names, "" for none: None, an empty text and NaN mean none, 0 is a group."""
         group = row.values.get(self.config.group_column)
         if group is None or group != group:  # NaN
             return ""
@@ -211,7 +211,7 @@ class ImageFolderSource:
         )
 
     def _warn_of_black(self, name: str, data: bytes, pixels: Pixels) -> None:
-        """Say once that a 16-bit image is almost black: its values are likely to be millimetres."""
+        """Warn once that a 16-bit image is almost black: its values are likely to be millimetres."""
         if self._has_warned or pixels.max(initial=0) >= _ALMOST_BLACK:
             return
         with open_image(data) as image:
@@ -240,7 +240,7 @@ def _explain_tables(uri: str, tables: list[str]) -> str:
 
 
 def _read_name(row: TableRow, column: str) -> str:
-    """Return a file name of a row, "" where there is none: what is wrong with it is said when it is read."""
+    """Return a file name of a row, "" where there is none: problems are reported when it is read."""
     name: Any = row.values.get(column)
     return name.strip() if isinstance(name, str) else ""
 

@@ -1,7 +1,7 @@
-"""The `instruct_pix2pix` source: the InstructPix2Pix data in both public forms, from any URI, one image at a time.
+"""The ``instruct_pix2pix`` source: the InstructPix2Pix data in both public forms, from any URI, one image at a time.
 
-The folder form: `seeds.json` ([[group, [seed, ...]], ...]), `{group}/prompt.json` (input, edit, output), and
-`{group}/{seed}_0.jpg`, `{group}/{seed}_1.jpg`, the image before and after. The other form: Parquet files of rows.
+The folder form: ``seeds.json`` ([[group, [seed, ...]], ...]), ``{group}/prompt.json`` (input, edit, output), and
+``{group}/{seed}_0.jpg``, ``{group}/{seed}_1.jpg``, the image before and after. The other form: Parquet files of rows.
 """
 
 import json
@@ -37,17 +37,17 @@ class InstructPix2PixConfig(SourceOptions):
 
     kind: Literal["instruct_pix2pix"] = "instruct_pix2pix"
     uri: str
-    """The folder with `seeds.json`, or with Parquet files (a local path, s3://..., hf://datasets/...)."""
+    """The folder with ``seeds.json``, or with Parquet files (a local path, s3://..., hf://datasets/...)."""
     num_groups: int | None = Field(default=None, ge=1)
     """Take the first prompt groups only, of each published split; None takes all."""
     published_splits: PublishedSplits = "keep"
-    """What to do where Parquet files name their splits (`test-00000-of-00002.parquet`): keep them, or split all rows anew."""
+    """What to do where Parquet files name their splits (``test-00000-of-00002.parquet``): keep them, or split all rows anew."""
     columns: dict[str, str] = {}
-    """For Parquet files: their names of the columns that are called otherwise here, `{"original_image": "input_image"}`."""
+    """For Parquet files: their names for columns that we name differently, ``{"original_image": "input_image"}``."""
 
 
 def open_instruct_pix2pix(config: InstructPix2PixConfig, image_size: int | None) -> Source:
-    """Return the source of the form that lies there; ValueError where there is neither."""
+    """Return the source of the form found there; ValueError where there is neither."""
     if exists(join_uri(config.uri, "seeds.json")):
         return FolderSource(config.uri, config.num_groups, image_size)
     path = local_path(config.uri)
@@ -67,12 +67,12 @@ class FolderSource:
         self.uri, self.num_groups, self.image_size = uri, num_groups, image_size
 
     def digest(self) -> str:
-        """Return a digest of `seeds.json`, and of the texts and images that it names."""
+        """Return a digest of ``seeds.json``, and of the texts and images that it names."""
         names = {name for key in self.plan() for name in (f"{key.file}/prompt.json", *_name_images(key))}
         return digest_files(self.uri, names, read_bytes(join_uri(self.uri, "seeds.json")))
 
     def plan(self) -> list[SampleKey]:
-        """Return the pairs that `seeds.json` lists; ValueError where it cannot be understood."""
+        """Return the pairs that ``seeds.json`` lists; ValueError where it cannot be understood."""
         try:
             groups = _SEEDS.validate_python(json.loads(decode_text(read_bytes(join_uri(self.uri, "seeds.json")))))
         except ValidationError as error:
@@ -154,7 +154,7 @@ def _name_images(key: SampleKey) -> tuple[str, str]:
 
 
 def _read_seed(seed: int | str) -> int:
-    """Return a seed as a number; ValueError where it is none, since it names files and orders a group."""
+    """Return a seed as a number; ValueError where it is not one, since it names files and orders a group."""
     try:
         return int(seed)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""InstructPix2Pix as Parquet rows, one pair a row, as the Hugging Face hub has it; read a page at a time.
+"""InstructPix2Pix as Parquet rows, one pair per row, as the Hugging Face hub has it; read a page at a time.
 
 The rows carry no prompt group: it is the digest of the prompt triple.
 """
@@ -39,7 +39,7 @@ class ParquetRowsSource:
         published_splits: PublishedSplits = "keep",
         columns: Mapping[str, str] | None = None,
     ) -> None:
-        """Take `columns`, the file's name of what is called otherwise here; ValueError for a name that nothing has here."""
+        """Take ``columns``, the files' names by ours where they differ; ValueError for a name that is not one of ours."""
         self.uri, self.num_groups, self.image_size = uri, num_groups, image_size
         self.names = {name: (columns or {}).get(name, name) for name in (*PROMPT_COLUMNS, *IMAGE_COLUMNS)}
         unknown = [name for name in columns or {} if name not in self.names]
@@ -59,10 +59,10 @@ class ParquetRowsSource:
         return digest_files(self.uri, self.sizes, ends=dict.fromkeys(self.sizes, _FOOTER_BYTES))
 
     def plan(self) -> list[SampleKey]:
-        """Return the rows of all files, reading their texts only; with `num_groups`, of each published split up to the
+        """Return the rows of all files, reading their texts only; with ``num_groups``, of each published split up to the
         first row beyond them.
 
-        A file that cannot be read stands for as many rejects as it would hold rows, judged by its size.
+        A file that cannot be read counts as as many rejects as it would have rows, judged by its size.
         """
         keys: list[SampleKey] = []
         members: dict[str, int] = {}
@@ -171,7 +171,7 @@ class ParquetRowsSource:
     def _iterate_rows(
         self, file: pq.ParquetFile, index: int, start: int, wanted: dict[int, SampleKey]
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield (row of the file, content) of the wanted rows of a row group that begins at row `start`."""
+        """Yield (row of the file, content) of the wanted rows of a row group that begins at row ``start``."""
         last, row = max(wanted), start
         for batch in file.iter_batches(_BATCH_ROWS, row_groups=[index], columns=list(self.names.values())):
             for place in range(batch.num_rows):
@@ -183,7 +183,7 @@ class ParquetRowsSource:
                 return
 
     def _convert(self, key: SampleKey, row: dict[str, Any]) -> ImagePair | Reject:
-        """Return a row as an image pair, or why it is none."""
+        """Return a row as an image pair, or why it is not one."""
         try:
             if key.reject:
                 raise ValueError(key.reject)
@@ -218,7 +218,7 @@ class ParquetRowsSource:
 
 
 def find_parquet_files(uri: str) -> dict[str, int]:
-    """Return the bytes of each Parquet file below a folder by its name; what begins with a dot is some program's own."""
+    """Return the bytes of each Parquet file below a folder by its name; names that begin with a dot are skipped."""
     return {
         name: size
         for name, size in list_sizes(uri).items()
@@ -227,13 +227,13 @@ def find_parquet_files(uri: str) -> dict[str, int]:
 
 
 def find_published_split(name: str) -> Split | None:
-    """Return the split that a file's name says, or else the nearest of its folders: `test/0.parquet`, `data/val-0.parquet`."""
+    """Return the split that a file's name says, or else its nearest folder: ``test/0.parquet``, ``data/val-0.parquet``."""
     parts = reversed(name.removesuffix(".parquet").split("/"))
     return next((split for split in map(find_split, parts) if split is not None), None)
 
 
 def _can_hold_pictures(kind: pa.DataType) -> bool:
-    """Say whether a column is of image files' bytes, or of structs with them; a column of nothing alone is, too."""
+    """Say whether a column can hold image files' bytes, or structs with them; one of nulls alone can, too."""
     types = pa.types
     if types.is_struct(kind):
         return "bytes" in [field.name for field in kind] and _can_hold_pictures(kind.field("bytes").type)
@@ -255,7 +255,7 @@ def _open_parquet(handle: Any) -> pq.ParquetFile:  # noqa: ANN401 - any seekable
 
 
 def _raise_unless_damage(error: Exception) -> None:
-    """Raise what the store, not the file, is to blame for: a lost connection must not become rejects that stay.
+    """Raise errors that are the store's fault, not the file's: a lost connection must not become permanent rejects.
 
     Arrow reports damage by its own exceptions or by a bare OSError; the operating system's and a store's have a number.
     """
@@ -264,7 +264,7 @@ def _raise_unless_damage(error: Exception) -> None:
 
 
 def _digest_prompts(prompts: Iterable[Any]) -> str:
-    """Return the prompt group of a row's texts; one that is no text, whose row is rejected, is told by what it is."""
+    """Return the prompt group of a row's texts; one that is not text, whose row is rejected, enters by its value."""
     texts = [prompt if isinstance(prompt, str) else _describe_odd(prompt) for prompt in prompts]
     return compute_digest(write_canonical_json(texts).encode())[:16]
 

@@ -1,4 +1,4 @@
-"""The `photos` source: crops of the photographs that scikit-image and scikit-learn ship, with edited twins.
+"""The ``photos`` source: crops of the photographs that scikit-image and scikit-learn ship, with edited twins.
 
 A photograph is a prompt group with one edit; its crops are the seeds. Real pictures, and nothing to download.
 """

@@ -1,4 +1,4 @@
-"""The `scenes` source: an endless world of coloured primitives with captions, edited twins and exact maps.
+"""The ``scenes`` source: an endless world of coloured primitives with captions, edited twins and exact maps.
 
 A prompt group fixes what there is (objects from left to right, floor, sky, the edit), the seed where it stands.
 """
@@ -47,7 +47,7 @@ class ScenePair:
 
 
 def build_scene_pair(seed: int, index: int, image_size: int, pair: int = 0) -> ScenePair:
-    """Build pair number `pair` of prompt group `index` of the world `seed`, at (image_size, image_size) pixels."""
+    """Build pair number ``pair`` of prompt group ``index`` of the world ``seed``, at (image_size, image_size) pixels."""
     content = np.random.default_rng([seed, index])
     things = _draw_things(content)
     floor, sky = str(content.choice(list(FLOORS))), str(content.choice(list(SKIES)))

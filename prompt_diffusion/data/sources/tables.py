@@ -1,4 +1,4 @@
-"""A user's table of images, `metadata.csv`, `.jsonl` or `.parquet`: its rows, each with its place and what is wrong with it."""
+"""A user's table of images, ``metadata.csv``, ``.jsonl`` or ``.parquet``: its rows, with their places and problems."""
 
 import csv
 import io
@@ -16,11 +16,11 @@ class TableRow:
     """One row."""
 
     place: str
-    """Where it stands: `line 3` of a text, `row 2` of a Parquet file, counted from 1."""
+    """Its position: ``line 3`` of a text, ``row 2`` of a Parquet file, counted from 1."""
     values: dict[str, Any]
     """Its cells by column."""
     problem: str = ""
-    """Why it is no row."""
+    """Why it is not a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Table:
 
 
 def decode_text(data: bytes) -> str:
-    """Return UTF-8 with or without its mark as text; ValueError with the line, and what the encoding might be."""
+    """Return UTF-8 with or without a byte order mark as text; ValueError with the line, and what the encoding might be."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or data[:1000].count(0) > len(data[:1000]) // 4:
         raise ValueError("it is UTF-16, not UTF-8: save it as UTF-8")
     try:
@@ -46,7 +46,7 @@ def decode_text(data: bytes) -> str:
 
 
 def quote_names(names: Sequence[object]) -> str:
-    """Return names for a message, those in quotes that are no plain words."""
+    """Return names for a message, quoting those that are not plain words."""
     texts = [str(name) for name in names]
     return ", ".join(text if text.isidentifier() else repr(text) for text in texts) or "none"
 
@@ -75,7 +75,7 @@ def read_csv(data: bytes, columns: Sequence[str]) -> Table:
 
 
 def _check_header(cells: list[str], columns: Sequence[str]) -> tuple[str, ...]:
-    """Return the columns' names; ValueError where one is there twice, or another separator than the comma is used."""
+    """Return the columns' names; ValueError where one occurs twice, or another separator than the comma is used."""
     twice = [name for place, name in enumerate(cells) if name in cells[:place] and name in columns]
     if twice:
         raise ValueError(f"line 1 names the column {twice[0]!r} twice")
@@ -86,7 +86,7 @@ def _check_header(cells: list[str], columns: Sequence[str]) -> tuple[str, ...]:
 
 
 def read_jsonl(data: bytes, columns: Sequence[str]) -> Table:
-    r"""Read one JSON object a line, ended by \n with or without \r; a line that is none is a row with a problem."""
+    r"""Read one JSON object a line, ended by \n with or without \r; any other line is a row with a problem."""
     text = decode_text(data)
     if text.lstrip().startswith("["):
         raise ValueError("it is a JSON array: write one object a line, without brackets and commas around them")

@@ -94,7 +94,7 @@ def import_bundle(
 
 
 def _check_kind(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise ValueError for a control model that is none of the port's, or that does not fit the UNet beside it."""
+    """Raise ValueError for a control model that is not the port's, or that does not fit the UNet beside it."""
     control, unet = configs["controlnet"], configs["unet"]
     kind = control.get("_class_name")
     if kind == _OUR_CLASS:

@@ -38,7 +38,7 @@ class ExportReport:
     weights: int
     """Number of weight tensors."""
     buffers: tuple[str, ...]
-    """Tensors that are no weights: the original code keeps them in its files and asks for them when it loads one."""
+    """Tensors that are not weights: the original code keeps them in its files and asks for them when it loads one."""
     architecture: dict[str, Any]
     """What the original configuration file must say; no file of weights holds the numbers of heads."""
 
@@ -129,7 +129,7 @@ def _write(tensors: dict[str, Tensor], out: Path) -> None:
             torch.save({"state_dict": tensors}, place)
         place.chmod(0o644)
         place.replace(out)
-    except (SafetensorError, RuntimeError) as error:  # how the writers tell of a full disk
+    except (SafetensorError, RuntimeError) as error:  # how the writers report a full disk
         raise OSError(f"{out} could not be written, is the disk full? ({str(error).splitlines()[0]})") from error
     finally:
         place.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ _WEIGHTS = (
     "diffusion_pytorch_model.fp16.safetensors",
     "model.fp16.safetensors",
 )
-"""Names of weight files, the first that is there is read: full precision before half, safetensors before pickles."""
+"""Names of weight files, the first one found is read: full precision before half, safetensors before pickles."""
 _TEXT_MODEL = "text_model."
 # how diffusers once named the projections of an autoencoder's attention
 _ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}

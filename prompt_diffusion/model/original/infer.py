@@ -28,7 +28,7 @@ def infer_layout(shapes: Shapes, num_heads: int = PUBLISHED_HEADS, num_text_head
     """Return the architecture of a checkpoint by the shapes of its tensors.
 
     Heads cannot be seen in shapes: ``num_heads`` are the UNet's (the published 8), ``num_text_heads`` the text encoder's (None:
-    of 64 channels each, as every CLIP has them). ValueError, in one sentence, where the tensors are those of something else.
+    64 channels each, as in every CLIP). ValueError, in one sentence, where the tensors are those of something else.
     """
     missing = [
         f"{name} ({prefix}*)" for name, prefix in _PARTS.items() if not any(k.startswith(prefix) for k in shapes)
@@ -143,6 +143,6 @@ def _shape(shapes: Shapes, key: str) -> tuple[int, ...]:
 
 
 def _count(shapes: Shapes, prefix: str) -> int:
-    """Return how many numbered things a prefix stands before."""
+    """Return how many numbered modules follow a prefix."""
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
     return 1 + max((int(match[1]) for key in shapes if (match := pattern.match(key))), default=-1)

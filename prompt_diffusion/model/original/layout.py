@@ -43,7 +43,7 @@ SCHEDULE = (
 )
 """Tensors that follow from the noise schedule."""
 BUFFERS = (*SCHEDULE, "logvar", "lvlb_weights", "scale_factor", POSITIONS)
-"""Tensors that are no weights: computed again, or of no use beyond the original training."""
+"""Tensors that are not weights: computed again, or unused beyond the original training."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Which original tensor becomes which of diffusers': diffusers' own converters, asked by sending numbers through them.
 
-A converter is given numbers in place of tensors, one a name; what comes out says where each name went. So one table serves
+A converter is given numbers in place of tensors, one per name; what comes out says where each name went. So one table serves
 import and export, and a name that a converter drops, or takes twice, is an error here and not a silent loss.
 """
 

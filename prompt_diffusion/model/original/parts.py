@@ -26,12 +26,12 @@ BASE_IMAGE_SIZE = 512
 
 
 OnPhase = Callable[[str], None]
-"""Told what begins now; an import and an export have three phases."""
+"""Called with what begins now; an import and an export have three phases."""
 CHECKING, DIGESTING, WRITING = "checking every weight", "computing the digest", "writing the model"
 
 
 def tell_nobody(phase: str) -> None:
-    """Stand where nobody wants to know how far it is."""
+    """Ignore progress."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class ImportReport:
     sha256: str
     """Digest of the file, or of the control model's file in a folder."""
     image_size: int
-    """Pixels a side that the model works at unless told otherwise."""
+    """Side of the images that the model works at by default, in pixels."""
     parts: dict[str, dict[str, int]]
     """Tensors and parameters by part."""
     architecture: dict[str, Any]
     """What was read from the tensors' shapes."""
     buffers: tuple[str, ...] = ()
-    """Tensors of the source that are no weights: computed again where they are needed."""
+    """Tensors of the source that are not weights: computed again where they are needed."""
     left_out: tuple[str, ...] = ()
     """What else the source holds, and was not taken over."""
 
@@ -74,7 +74,7 @@ def build_networks(
 def fill_network(
     network: nn.Module, tensors: Mapping[str, Tensor], names: Mapping[str, str] | None = None, source: object = "it"
 ) -> None:
-    """Give a network its tensors, without a copy; ``names`` are the source's by the network's, to be named in errors.
+    """Fill a network with its tensors, without a copy; ``names`` are the source's by the network's, to be named in errors.
 
     ValueError names tensors that are missing, unused, or of another shape.
     """
@@ -132,14 +132,14 @@ def write_model(folder: Path, networks: Mapping[str, Any], tokenizer: CLIPTokeni
 
 
 def check_free(out: Path) -> None:
-    """Raise ValueError where something that must not be overwritten stands in a result's place."""
+    """Raise ValueError where something that must not be overwritten is in a result's place."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is already there: name another place with --out, or remove it")
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Give a folder beside ``out`` that gets its name at the end; where anything fails, nothing of it is left."""
+    """Yield a folder beside ``out`` that gets its name at the end; if anything fails, nothing of it is left."""
     check_free(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
@@ -147,7 +147,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         yield place
         place.chmod(0o755)
         place.replace(out)
-    except (SafetensorError, RuntimeError) as error:  # how their writers tell of a full disk
+    except (SafetensorError, RuntimeError) as error:  # how their writers report a full disk
         raise OSError(f"{out} could not be written, is the disk full? ({str(error).splitlines()[0]})") from error
     finally:
         shutil.rmtree(place, ignore_errors=True)

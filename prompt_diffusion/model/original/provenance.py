@@ -7,7 +7,7 @@ from prompt_diffusion.model.references import BASE_LICENCES, SD_V1_5
 from prompt_diffusion.vision_tasks import VISION_TASKS
 
 RELEASED_NAME = "network-step=04999.ckpt"
-"""The file that the paper's authors released; no digest of it could be confirmed, so its name and sizes tell it."""
+"""The file that the paper's authors released; no digest of it could be confirmed, so its name and sizes identify it."""
 _RELEASED_PARAMETERS = {"unet": 859_520_964, "controlnet": 362_366_032}
 _RELEASED_FACTS: dict[str, Any] = {
     "title": "Prompt Diffusion, the released weights",

@@ -33,7 +33,7 @@ class _StandIn:
         pass
 
 
-# What Lightning writes beside the weights. Their values are of no use here, so an inert object stands for each of them.
+# What Lightning writes beside the weights. Their values are not used here, so an inert object stands for each of them.
 _HARMLESS = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
@@ -62,7 +62,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Read a ``.ckpt`` (or ``.bin``, ``.pt``) or a ``.safetensors`` file, whichever its content is.
 
     The tensors are mapped, not loaded: a file of 7 GB takes no memory until its values are used. ValueError, in one sentence,
-    where the file is missing, damaged, something else, or holds pickled objects that are no plain containers of tensors.
+    where the file is missing, damaged, something else, or holds pickled objects that are not plain containers of tensors.
     """
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
@@ -78,7 +78,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def check_types(tensors: Mapping[str, Tensor], source: object) -> None:
-    """Raise ValueError, naming a few of them, where tensors are no floating-point numbers; reads no values."""
+    """Raise ValueError, naming a few of them, where tensors are not floating-point numbers; reads no values."""
     kinds = [f"{name} ({value.dtype})" for name, value in tensors.items() if value.dtype not in _FLOATS]
     if kinds:
         raise ValueError(

@@ -17,7 +17,7 @@ def load_tokenizer(reference: str | None, store_root: str, cache_dir: Path) -> C
     """Load a CLIP tokenizer: a folder that holds one (or a model with one), a hub's repository, or a mirrored one.
 
     None takes SD v1.5's: from the store's mirror of SD v1.5 where there is one, else CLIP's own from the hub. ValueError, in
-    one sentence, where it cannot be had.
+    one sentence, where it cannot be obtained.
     """
     wanted = [reference] if reference else [SD_V1_5, CLIP_REPOSITORY]
     places = [Path(find_model(name, store_root, cache_dir)) for name in wanted]
@@ -37,7 +37,7 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def fit_tokenizer(tokenizer: CLIPTokenizer, vocabulary_size: int, num_positions: int) -> CLIPTokenizer:
-    """Check that a tokenizer is of the text encoder's vocabulary, and let it cut texts at the encoder's length."""
+    """Check that a tokenizer has the text encoder's vocabulary, and make it cut texts at the encoder's length."""
     if len(tokenizer) != vocabulary_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, but the text encoder knows {vocabulary_size}: it is another model's "
