@@ -123,27 +123,21 @@ def test_progress_is_a_bar_in_prefects_page_with_rate_and_time_left(
 
 
 def test_a_device_serves_one_part_at_a_time() -> None:
-    at_once: list[int] = []
-    running: set[str] = set()
-    two_meet = threading.Barrier(2)
+    devices, order = ("a", "b"), list[str]()
 
     def work() -> None:
-        for _ in range(20):
-            with borrow_device(("a", "b")) as device:
-                assert device not in running
-                running.add(device)
-                at_once.append(len(running))
-                two_meet.wait()  # of an even number of turns, each meets one on the other device
-                at_once.append(len(running))
-                running.remove(device)
+        with borrow_device(devices) as third:
+            order.append(f"the third part got {third}")
 
-    threads = [threading.Thread(target=work) for _ in range(5)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(at_once) == 200
-    assert max(at_once) == 2
+    waiting = threading.Thread(target=work)
+    with borrow_device(devices) as first, contextlib.ExitStack() as held:
+        second = held.enter_context(borrow_device(devices))
+        assert {first, second} == set(devices)
+        waiting.start()
+        order.append("the second part ended")
+        held.close()
+        waiting.join()
+    assert order == ["the second part ended", f"the third part got {second}"]
 
 
 @pytest.fixture
