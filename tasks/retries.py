@@ -14,5 +14,6 @@ def is_transient(made: "Task[..., object]", run: TaskRun, state: State[object]) 
     It cannot help with a user's mistake or damaged data, nor after a training's time limit, nor when the run was asked
     to stop.
     """
-    error = state.result(raise_on_failure=False)
+    # In a thread that runs an event loop, as a notebook's does, Prefect would give a coroutine otherwise.
+    error = state.result(raise_on_failure=False, _sync=True)  # type: ignore[call-overload]
     return not isinstance(error, (*USER_MISTAKES, TimeLimitError)) and not is_stopping()

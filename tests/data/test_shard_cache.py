@@ -41,7 +41,7 @@ def manifest(store_root):
 
 @pytest.fixture
 def local_manifest(tmp_store):
-    identity = StageIdentity(stage="test", version=1, config={}, inputs={})
+    identity = StageIdentity(stage="test", version=1, config={}, inputs=())
     return open_manifest(run_sharded_stage(identity, tmp_store, SHARDS, make_shard).uri)
 
 
@@ -219,7 +219,7 @@ def test_a_cache_that_keeps_nothing_is_an_error_and_no_endless_loop(local_manife
 
 def test_no_column_s_name_leads_out_of_the_cache(tmp_store, tmp_path):
     cells = [{"bytes": encode_png(np.zeros((2, 2, 3), np.uint8)), "path": None}]
-    identity = StageIdentity(stage="test", version=1, config={"names": "odd"}, inputs={})
+    identity = StageIdentity(stage="test", version=1, config={"names": "odd"}, inputs=())
     names = ["../../../escaped", "/tmp/escaped", "layout.json", "a/b"]
     table = pa.table({name: pa.array(cells, IMAGE_TYPE) for name in names})
     manifest = open_manifest(run_sharded_stage(identity, tmp_store, 1, lambda index: (table, [])).uri)

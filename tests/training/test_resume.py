@@ -149,7 +149,7 @@ def test_a_child_whose_launcher_goes_before_the_loop_stops_and_leaves_nothing(
     environment = os.environ | {LAUNCHER_VARIABLE: str(launcher.pid)}
     child = WarmProcess(train_and_wait, spec, "before", environment=environment)
     assert end_launcher(launcher, child, "waits") == 75
-    assert not (tmp_path / "train").exists()
+    assert list_saved(tmp_path) == []
 
 
 def test_a_child_whose_launcher_goes_in_the_loop_stops_and_leaves_a_checkpoint(
