@@ -7,7 +7,7 @@ from flows.stages import obtain, obtain_maps, obtain_pairs
 from prompt_diffusion.store.manifest import ManifestRef
 from prompt_diffusion.training.config import TrainResources
 from prompt_diffusion.training.pretrain_config import PretrainConfig
-from tasks.pretrain import install, pretrain
+from tasks.pretrain import install, pretrain, pretrain_autoencoder, pretrain_latents
 
 # World 1000: the demo's own scenes are of world 0, so that its base has seen none of them.
 WORLD = 1000
@@ -16,7 +16,7 @@ CONDITIONS = ("depth", "hed", "seg", "normal")
 
 @flow(name="pretrain")
 def pretrain_demo_base(
-    num_scenes: int = 2632,
+    num_scenes: int = 10_000,
     config: PretrainConfig = PretrainConfig(),  # noqa: B008 - frozen
     store: str | None = None,
     upstream: Upstream = "make",
@@ -41,7 +41,15 @@ def pretrain_demo_base(
     run = start_run("demo", overrides, store, upstream)
     pairs = obtain_pairs(run)
     maps = obtain_maps(run, pairs)
-    base = obtain(run.making(), pretrain, config=config, pairs=pairs, maps=maps, resources=TrainResources())
+    common = {
+        "config": config,
+        "pairs": pairs,
+        "maps": maps,
+        "resources": TrainResources(checkpoint_every_seconds=120.0),
+    }
+    autoencoder = obtain(run.making(), pretrain_autoencoder, **common)
+    latents = obtain(run.making(), pretrain_latents, **common, autoencoder=autoencoder)
+    base = obtain(run.making(), pretrain, **common, autoencoder=autoencoder, latents=latents)
     if install_it:
         install(base)
     return base

@@ -27,7 +27,9 @@ def weigh_by_snr(alphas_cumprod: Tensor, steps: Tensor, gamma: float, prediction
     snr = signal / (1.0 - signal)
     capped = snr.clamp(max=gamma)
     # Where nothing of the signal is left, both vanish alike.
-    return (capped + 1.0) / (snr + 1.0) if prediction_type == "v_prediction" else torch.where(snr > 0, capped / snr, 1.0)
+    return (
+        (capped + 1.0) / (snr + 1.0) if prediction_type == "v_prediction" else torch.where(snr > 0, capped / snr, 1.0)
+    )
 
 
 class InContextObjective:

@@ -1,16 +1,13 @@
-"""Stage ``pretrain``: the demo's base from image pairs and their maps, sealed with its scores and its model card."""
+"""Stages ``pretrain-autoencoder`` and ``pretrain``: the demo's base, sealed with its scores and its model card."""
 
-import json
+import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from prompt_diffusion.data.dataset import InContextData, Side
-from prompt_diffusion.data.records import Split
 from prompt_diffusion.model.references import DEMO_BASE_FOLDER
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import (
@@ -24,129 +21,179 @@ from prompt_diffusion.store.manifest import (
 from prompt_diffusion.store.storage import join_uri
 from prompt_diffusion.training.config import TrainResources
 from prompt_diffusion.training.pretrain_config import PretrainConfig
+from prompt_diffusion.training.pretrain_latents import (
+    VAE_FOLDER,
+    Maps,
+    ScenePictures,
+    list_inputs,
+    load_autoencoder,
+    open_pictures,
+    read_latents,
+)
 
 if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
     from prompt_diffusion.model.base import Base
 
-VERSION = 1
-BASE_FOLDER = "base"
-_SCORED_IMAGES = 256
-_CARD = """---
-license: apache-2.0
-library_name: diffusers
----
-# The demo's base model
+logger = logging.getLogger(__name__)
 
-To `make demo` it is what Stable Diffusion v1.5 is to the paper: a latent text-to-image diffusion model of diffusers' own
-classes, here with {parameters:.1f} million parameters, for {size} x {size} pixels. It knows ray-cast scenes of coloured
-primitives and nothing else, and is of no use for other pictures.
+AUTOENCODER_VERSION, VERSION = 1, 2
+BASE_FOLDER, _SCORES_FILE = "base", "scores.json"
+_SCORED, _SCORED_ON_THE_WAY = 256, 16
 
-**Made by** the flow `pretrain/demo-base` of this repository, from scratch, on {scenes} scene pairs of world 1000 (the demo's
-own scenes are of world 0: it has seen none of them) and their depth, edge, segmentation and normal maps: the autoencoder in
-{vae_steps} steps of {vae_batch}, then UNet and text encoder together in {unet_steps} steps of {unet_batch}, on CPU. Maps carry
-no text. v-prediction, SD's betas rescaled to zero terminal SNR. Weights are stored in float16.
-
-**Scores** on {held_out} held-out pictures of each kind: the autoencoder restores them at {psnr}; the denoising loss on
-photographs with their captions is {loss:.4f}.
-
-The complete configuration is in `pretrain.json`.
-"""
+OnEvent = Callable[[dict[str, Any]], None]
 
 
-def identify_pretrain(config: PretrainConfig, pairs: ManifestRef, maps: Mapping[str, ManifestRef]) -> StageIdentity:
-    """Return the identity of a base: its configuration, image pairs and condition maps."""
-    return StageIdentity(
-        stage="pretrain",
-        version=VERSION,
-        config=config.model_dump(mode="json"),
-        inputs={"pairs": pairs.fingerprint, **{f"maps/{name}": ref.fingerprint for name, ref in sorted(maps.items())}},
-    )
+def identify_autoencoder(config: PretrainConfig, pairs: ManifestRef, maps: Maps) -> StageIdentity:
+    """Return the identity of the autoencoder: its part of the configuration, image pairs and condition maps."""
+    fields, inputs = config.list_autoencoder_fields(), list_inputs(pairs, maps)
+    return StageIdentity(stage="pretrain-autoencoder", version=AUTOENCODER_VERSION, config=fields, inputs=inputs)
+
+
+def run_autoencoder(
+    config: PretrainConfig,
+    pairs: ManifestRef,
+    maps: Maps,
+    store_root: str,
+    resources: TrainResources,
+    on_event: OnEvent | None = None,
+) -> ManifestRef:
+    """Train the autoencoder on the train split, in this process, resuming from checkpoints; score it on validation; seal it.
+
+    Seals ``vae/`` (diffusers' layout, float32) and ``scores.json`` (PSNR and RMSE of each kind of picture).
+    """
+    identity = identify_autoencoder(config, pairs, maps)
+    sealed = find_sealed(identity, store_root)
+    if sealed is not None:
+        return sealed
+    from prompt_diffusion.training.pretrain import train_autoencoder
+    from prompt_diffusion.training.pretrain_objectives import Pictures
+    from prompt_diffusion.training.pretrain_score import score_autoencoder, write_scores
+    from prompt_diffusion.training.world import join_world
+
+    shown = open_pictures(pairs, maps, "train", resources)
+    held_out = open_pictures(pairs, maps, "validation", resources)
+
+    def validate(vae: "AutoencoderKL") -> float:
+        scores = score_autoencoder(vae, held_out.read, config.vae_shares, _SCORED_ON_THE_WAY)
+        logger.info("restored, dB: %s", ", ".join(f"{kind} {score.psnr:.1f}" for kind, score in scores.items()))
+        return float(np.mean([score.rmse for score in scores.values()]))
+
+    with join_world("cpu", resources.threads_per_process) as world:
+        pictures = Pictures(shown.read, shown.captions, config.vae_shares)
+        checkpoints = join_uri(identity.uri(store_root), "checkpoints")
+        vae = train_autoencoder(config, pictures, checkpoints, resources, world, on_event, validate)
+        scores = score_autoencoder(vae, held_out.read, config.vae_shares, min(_SCORED, len(held_out.captions)))
+    with tempfile.TemporaryDirectory() as folder:
+        vae.save_pretrained(folder, safe_serialization=True)
+        files = write_folder(identity, store_root, VAE_FOLDER, Path(folder))
+    files.append(write_file(identity, store_root, _SCORES_FILE, write_scores(scores)))
+    return seal_manifest(identity, store_root, files, counts={"scenes": shown.data.num_rows})
+
+
+def identify_pretrain(
+    config: PretrainConfig, autoencoder: ManifestRef, latents: ManifestRef, pairs: ManifestRef, maps: Maps
+) -> StageIdentity:
+    """Return the identity of a base: its configuration, autoencoder, latents, image pairs and condition maps."""
+    inputs = {"autoencoder": autoencoder.fingerprint, "latents": latents.fingerprint, **list_inputs(pairs, maps)}
+    return StageIdentity(stage="pretrain", version=VERSION, config=config.model_dump(mode="json"), inputs=inputs)
 
 
 def run_pretrain(
     config: PretrainConfig,
+    autoencoder: ManifestRef,
+    latents: ManifestRef,
     pairs: ManifestRef,
-    maps: Mapping[str, ManifestRef],
+    maps: Maps,
     store_root: str,
     resources: TrainResources,
-    on_event: Callable[[str, dict[str, Any]], None] | None = None,
+    on_event: OnEvent | None = None,
 ) -> ManifestRef:
-    """Train the base on the train split, in this process, resuming from checkpoints; score it on validation; seal it.
+    """Train UNet and text encoder on the train split, in this process, resuming from checkpoints; score; seal the base.
 
-    Seals ``base/`` (diffusers' layout, float16, with a model card). ``on_event`` hears the phase, ``vae`` or ``unet``, and
-    what ``run_loop`` reports.
+    Seals ``base/`` (diffusers' layout, float16, with a model card).
     """
-    identity = identify_pretrain(config, pairs, maps)
+    identity = identify_pretrain(config, autoencoder, latents, pairs, maps)
     sealed = find_sealed(identity, store_root)
     if sealed is not None:
         return sealed
-    from prompt_diffusion.training.pretrain import pretrain_base
+    from prompt_diffusion.training.pretrain import build_base, train_text_to_image
+    from prompt_diffusion.training.pretrain_score import compute_denoising_loss
     from prompt_diffusion.training.world import join_world
 
-    by_kind, captions = read_pictures(pairs, maps, "train")
+    shown = open_pictures(pairs, maps, "train", resources)
+    held_out = open_pictures(pairs, maps, "validation", resources)
+    base = build_base(config, load_autoencoder(autoencoder), shown.captions)
+
+    def validate() -> float:
+        return compute_denoising_loss(base, config, held_out.read, held_out.captions, _SCORED)
+
     with join_world("cpu", resources.threads_per_process) as world:
-        base = pretrain_base(
-            config,
-            by_kind,
-            captions,
-            lambda phase: join_uri(identity.uri(store_root), "checkpoints", phase),
-            resources,
-            world,
-            lambda phase: lambda event: on_event(phase, event) if on_event else None,
-        )
-    held_out, texts = read_pictures(pairs, maps, "validation")
-    with tempfile.TemporaryDirectory() as folder:
-        write_base(
-            base, config, Path(folder), {k: v[:_SCORED_IMAGES] for k, v in held_out.items()}, texts, len(captions) // 2
-        )
-        files = write_folder(identity, store_root, BASE_FOLDER, Path(folder))
+        checkpoints = join_uri(identity.uri(store_root), "checkpoints")
+        found = read_latents(latents, config.unet_shares)
+        train_text_to_image(config, base, found, shown.captions, checkpoints, resources, world, on_event, validate)
+        with tempfile.TemporaryDirectory() as folder:
+            _describe_base(base, config, autoencoder, shown, held_out, config.unet_steps, Path(folder))
+            files = write_folder(identity, store_root, BASE_FOLDER, Path(folder))
     files.append(write_file(identity, store_root, "config.json", config.model_dump_json(indent=2).encode()))
-    return seal_manifest(identity, store_root, files, counts={"scenes": len(captions) // 2})
+    return seal_manifest(identity, store_root, files, counts={"scenes": shown.data.num_rows})
 
 
-def write_base(
-    base: "Base",
+def export_progress(
     config: PretrainConfig,
+    autoencoder: ManifestRef,
+    latents: ManifestRef,
+    pairs: ManifestRef,
+    maps: Maps,
+    store_root: str,
+    resources: TrainResources,
     folder: Path,
-    held_out: Mapping[str, NDArray[np.uint8]],
-    captions: list[str],
-    num_scenes: int,
-) -> None:
-    """Write a base as it is shipped: float16 safetensors, its configuration, and a model card with measured scores."""
+) -> int:
+    """Write the base as it stands at its newest checkpoint, as it would be shipped, and return that step.
+
+    What the recipe averages is averaged. ValueError where there is no checkpoint.
+    """
     import torch
 
-    from prompt_diffusion.training.pretrain import compute_denoising_loss, compute_psnr
+    from prompt_diffusion.training.checkpoint import restore_checkpoint
+    from prompt_diffusion.training.pretrain import build_base, name_parameters
 
-    psnr = {kind: compute_psnr(base.vae, images) for kind, images in held_out.items()}
-    loss = compute_denoising_loss(base, config, held_out["image"], captions)
-    base.save(folder, dtype=torch.float16)
-    parameters = sum(p.numel() for part in (base.vae, base.unet, base.text_encoder) for p in part.parameters())
-    card = _CARD.format(
-        parameters=parameters / 1e6,
-        size=config.image_size,
-        scenes=num_scenes,
-        vae_steps=config.vae_steps,
-        vae_batch=config.vae_batch_size,
-        unet_steps=config.unet_steps,
-        unet_batch=config.unet_batch_size,
-        held_out=len(held_out["image"]),
-        psnr=", ".join(f"{value:.1f} dB ({kind})" for kind, value in psnr.items()),
-        loss=loss,
-    )
-    (folder / "README.md").write_text(card)
-    (folder / "pretrain.json").write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
+    shown = open_pictures(pairs, maps, "train", resources)
+    base = build_base(config, load_autoencoder(autoencoder), shown.captions)
+    parameters = name_parameters(base)
+    averages = {} if config.unet_optimizer.ema_decay is None else {n: p.detach().clone() for n, p in parameters.items()}
+    identity = identify_pretrain(config, autoencoder, latents, pairs, maps)
+    checkpoints = join_uri(identity.uri(store_root), "checkpoints")
+    progress = restore_checkpoint(checkpoints, parameters, [], averages)
+    if progress.step == 0:
+        raise ValueError(f"{checkpoints} has no checkpoint yet")
+    with torch.no_grad():
+        for name, average in averages.items():
+            parameters[name].copy_(average)
+    base.unet.eval()
+    base.text_encoder.eval()
+    held_out = open_pictures(pairs, maps, "validation", resources)
+    _describe_base(base, config, autoencoder, shown, held_out, progress.step, folder)
+    return progress.step
 
 
-def read_pictures(
-    pairs: ManifestRef, maps: Mapping[str, ManifestRef], split: Split
-) -> tuple[dict[str, NDArray[np.uint8]], list[str]]:
-    """Return every picture of a split by kind (N, H, W, 3: each pair's input, then its edited twin) and the captions."""
-    data = InContextData(open_manifest(pairs.uri), {name: open_manifest(ref.uri) for name, ref in maps.items()}, split)
-    sides: tuple[Side, Side] = ("input", "edited")
-    order = [(row, side) for row in range(data.num_rows) for side in sides]
-    kinds: dict[str, str | None] = {"image": None, **{name: name for name in maps}}
-    by_kind = {kind: np.stack([data.image(row, side, name) for row, side in order]) for kind, name in kinds.items()}
-    return by_kind, [data.captions(side)[row] for row, side in order]
+def _describe_base(
+    base: "Base",
+    config: PretrainConfig,
+    autoencoder: ManifestRef,
+    shown: ScenePictures,
+    held_out: ScenePictures,
+    step: int,
+    folder: Path,
+) -> None:
+    """Score a base and write it with its model card."""
+    from prompt_diffusion.training.pretrain_score import compute_denoising_loss, read_scores, write_base
+
+    num_scored = min(_SCORED, len(held_out.captions))
+    loss = compute_denoising_loss(base, config, held_out.read, held_out.captions, num_scored)
+    scores = read_scores(open_manifest(autoencoder.uri).read_file(_SCORES_FILE))
+    write_base(base, config, folder, scores, loss, step, shown.data.num_rows, num_scored)
 
 
 def install_base(model: ManifestRef, folder: Path = DEMO_BASE_FOLDER) -> Path:
