@@ -1,6 +1,7 @@
 """Pre-training of the demo's base, from scratch: autoencoder, tokenizer, text encoder and text-to-image UNet."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
@@ -86,7 +87,9 @@ def train_tokenizer(captions: Sequence[str], config: PretrainConfig) -> CLIPToke
     learner.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocabulary_size,
-        special_tokens=[_START, _END],
+        # Letters that end a word are named, too: else they get their numbers in the order of a hash table that no two
+        # processes share, and a training that goes on would read its captions with another vocabulary.
+        special_tokens=[_START, _END, *(f"{letter}</w>" for letter in _find_last_letters(captions))],
         end_of_word_suffix="</w>",
         initial_alphabet=list("abcdefghijklmnopqrstuvwxyz0123456789,."),
         show_progress=False,
@@ -95,6 +98,11 @@ def train_tokenizer(captions: Sequence[str], config: PretrainConfig) -> CLIPToke
     learned = learner.model
     files = _read_bpe(learned)
     return CLIPTokenizer(vocab=files[0], merges=files[1], model_max_length=config.text_length)
+
+
+def _find_last_letters(captions: Iterable[str]) -> list[str]:
+    """Return what words and runs of punctuation end with, sorted; words as the tokenizer's pre-tokenizer has them."""
+    return sorted({word[-1] for caption in captions for word in re.findall(r"\w+|[^\w\s]+", caption.lower())})
 
 
 def _read_bpe(model: models.BPE) -> tuple[dict[str, int], list[tuple[str, str]]]:

@@ -1,9 +1,51 @@
-import numpy as np
-import torch
+import subprocess
+import sys
 
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from prompt_diffusion.model.base import load_base
+from prompt_diffusion.store.manifest import open_manifest
+from prompt_diffusion.training.config import TrainResources
+from prompt_diffusion.training.optimizer import learning_rate_factor
 from prompt_diffusion.training.pretrain import build_vae, encode_pictures, train_tokenizer
 from prompt_diffusion.training.pretrain_config import PretrainConfig
+from prompt_diffusion.training.pretrain_latents import (
+    identify_latents,
+    load_autoencoder,
+    open_pictures,
+    read_latents,
+    run_latents,
+)
 from prompt_diffusion.training.pretrain_objectives import standardise_latents
+from prompt_diffusion.training.pretrain_score import HELD_OUT_SEED, score_autoencoder
+from prompt_diffusion.training.pretrain_stage import (
+    export_progress,
+    identify_autoencoder,
+    identify_pretrain,
+    run_autoencoder,
+    run_pretrain,
+)
+
+RESOURCES = TrainResources(loader_threads=1, validate_every_steps=2)
+TINY = PretrainConfig(
+    image_size=32,
+    vae_channels=(8, 8, 8),
+    unet_channels=(16, 16),
+    attention_heads=2,
+    norm_groups=4,
+    text_channels=16,
+    text_layers=1,
+    vocabulary_size=80,
+    vae_shares={"image": 0.4, "depth": 0.2, "seg_palette": 0.2, "hed_style": 0.2},
+    unet_shares={"image": 0.3, "image_mirrored": 0.3, "depth": 0.2, "seg_palette": 0.2},
+    vae_batch_size=4,
+    vae_steps=5,
+    unet_batch_size=4,
+    unet_steps=4,
+)
 
 
 def test_standardised_latents_are_standard_and_decode_to_the_same_pictures():
@@ -37,3 +79,121 @@ def test_the_tokenizer_tells_captions_apart_and_survives_saving(tmp_path):
     again = type(tokenizer).from_pretrained(tmp_path)
     assert [again(caption).input_ids for caption in captions] == tokens
     assert again.model_max_length == 32
+
+
+def test_the_tokenizer_is_the_same_in_every_process():
+    code = """
+from prompt_diffusion.data.sources.scenes import build_scene_pair
+from prompt_diffusion.training.pretrain import train_tokenizer
+from prompt_diffusion.training.pretrain_config import PretrainConfig
+captions = [build_scene_pair(0, index, 16).input_prompt for index in range(40)]
+print(sorted(train_tokenizer(captions, PretrainConfig()).get_vocab().items()))
+"""
+    vocabularies = {
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    }
+    assert len(vocabularies) == 1
+
+
+@pytest.fixture(scope="module")
+def pretrained(scene_inputs):
+    """Return the sealed autoencoder, latents and base of a tiny recipe."""
+    pictures = (scene_inputs.pairs, scene_inputs.maps, scene_inputs.store)
+    autoencoder = run_autoencoder(TINY, *pictures, RESOURCES)
+    latents = run_latents(TINY, autoencoder, *pictures, RESOURCES)
+    return autoencoder, latents, run_pretrain(TINY, autoencoder, latents, *pictures, RESOURCES)
+
+
+def test_the_sealed_base_loads_and_its_card_has_the_floor_of_every_kind(pretrained, tmp_path):
+    folder = open_manifest(pretrained[2].uri).fetch_folder("base", tmp_path)
+    base = load_base(str(folder))
+    assert base.vae.decode(torch.zeros(1, 4, 8, 8)).sample.shape == (1, 3, 32, 32)
+    card = (folder / "README.md").read_text()
+    assert all(f"| {kind} | " in card for kind in TINY.vae_shares)
+
+
+def test_the_base_as_it_stands_at_the_last_checkpoint_is_the_sealed_base(pretrained, scene_inputs, tmp_path):
+    autoencoder, latents, base = pretrained
+    inputs = (autoencoder, latents, scene_inputs.pairs, scene_inputs.maps, scene_inputs.store)
+    step = export_progress(TINY, *inputs, RESOURCES, tmp_path / "now")
+    assert step == TINY.unet_steps
+    sealed = open_manifest(base.uri).fetch_folder("base", tmp_path)
+    for file in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "README.md"):
+        assert (tmp_path / "now" / file).read_bytes() == (sealed / file).read_bytes()
+    weights = load_file(sealed / "unet/diffusion_pytorch_model.safetensors")
+    assert all(value.dtype == torch.float16 for value in weights.values())
+    other = TINY.model_copy(update={"unet_steps": 100})
+    with pytest.raises(ValueError, match="no checkpoint yet"):
+        export_progress(other, *inputs, RESOURCES, tmp_path / "other")
+
+
+def test_photographs_have_latents_of_both_sides_and_maps_of_one(pretrained, scene_inputs):
+    autoencoder, latents, _ = pretrained
+    shown = open_pictures(scene_inputs.pairs, scene_inputs.maps, "train", RESOURCES)
+    found, vae = read_latents(latents, TINY.unet_shares), load_autoencoder(autoencoder)
+    assert {kind: len(values) for kind, values in found.items()} == {
+        "image": 48, "image_mirrored": 48, "depth": 24, "seg_palette": 24
+    }  # fmt: skip
+    expected = {
+        ("image", 5): shown.read("image", 5),
+        ("image_mirrored", 5): shown.read("image", 5)[:, ::-1],
+        ("depth", 5): shown.read("depth", 10),
+    }
+    for (kind, row), picture in expected.items():
+        torch.testing.assert_close(found[kind][row], encode_pictures(vae, [picture])[0], rtol=1e-4, atol=1e-4)
+    mean, std = found["image"].mean(dim=(0, 2, 3)), found["image"].std(dim=(0, 2, 3))
+    torch.testing.assert_close(mean, torch.zeros(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(std, torch.ones(4), atol=1e-3, rtol=0)
+
+
+def test_what_shapes_the_text_to_image_training_alone_moves_its_identity_alone(pretrained, scene_inputs):
+    autoencoder, latents, _ = pretrained
+    pictures = (scene_inputs.pairs, scene_inputs.maps)
+    longer = TINY.model_copy(update={"unet_steps": 400, "text_dropout": 0.2})
+    assert identify_autoencoder(longer, *pictures) == identify_autoencoder(TINY, *pictures)
+    assert identify_latents(longer, autoencoder, *pictures) == identify_latents(TINY, autoencoder, *pictures)
+    assert identify_pretrain(longer, autoencoder, latents, *pictures) != identify_pretrain(
+        TINY, autoencoder, latents, *pictures
+    )
+    wider = TINY.model_copy(update={"vae_channels": (8, 8, 16)})
+    assert identify_autoencoder(wider, *pictures) != identify_autoencoder(TINY, *pictures)
+
+
+def test_the_number_of_steps_may_be_chosen_late():
+    short, long = (PretrainConfig(unet_steps=steps) for steps in (10_000, 20_000))
+    flat = int(short.unet_steps * short.unet_optimizer.flat_fraction)
+    assert flat >= 5000
+    rates = [
+        [learning_rate_factor(step, config.unet_steps, config.unet_optimizer) for step in range(flat)]
+        for config in (short, long)
+    ]
+    assert rates[0] == rates[1]
+
+
+def test_scores_are_taken_on_members_that_no_training_draws(scene_inputs):
+    class Perfect:
+        """Restores everything, and remembers what it was shown."""
+
+        def __init__(self):
+            self.shown = []
+
+        def encode(self, images):
+            self.shown.append(images)
+            return self._wrap(mean=images)
+
+        def decode(self, latents):
+            return self._wrap(sample=latents)
+
+        def _wrap(self, **values):
+            result = type("Output", (), values)()
+            result.latent_dist = result
+            return result
+
+    shown = open_pictures(scene_inputs.pairs, scene_inputs.maps, "validation", RESOURCES)
+    vae = Perfect()
+    scores = score_autoencoder(vae, shown.read, ["seg_palette"], 8)
+    assert scores["seg_palette"].rmse == 0.0
+    assert scores["seg_palette"].psnr == 120.0
+    assert HELD_OUT_SEED not in (TINY.seed, TINY.seed + 1)
+    assert len(torch.unique(torch.cat(vae.shown).flatten(2).transpose(1, 2).flatten(0, 1), dim=0)) > 16
