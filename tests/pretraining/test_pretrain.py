@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from prompt_diffusion.data.dataset import Dataset
+from prompt_diffusion.data.sources.scenes import build_scene_pair
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.engine.events import Event, StepEvent, ValidationEvent
 from prompt_diffusion.engine.optimizer import learning_rate_factor
@@ -74,19 +75,16 @@ def test_the_tokenizer_tells_captions_apart_and_survives_saving(tmp_path):
     assert again.model_max_length == 32
 
 
+def learn_vocabulary():
+    """Return the vocabulary learned from the captions of some scenes, as text."""
+    captions = [build_scene_pair(0, index, 16).input_prompt for index in range(40)]
+    return repr(sorted(train_tokenizer(captions, PretrainConfig()).get_vocab().items()))
+
+
 def test_the_tokenizer_is_the_same_in_every_process():
-    code = """
-from prompt_diffusion.data.sources.scenes import build_scene_pair
-from prompt_diffusion.pretraining.config import PretrainConfig
-from prompt_diffusion.pretraining.train import train_tokenizer
-captions = [build_scene_pair(0, index, 16).input_prompt for index in range(40)]
-print(sorted(train_tokenizer(captions, PretrainConfig()).get_vocab().items()))
-"""
-    vocabularies = {
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        for _ in range(2)
-    }
-    assert len(vocabularies) == 1
+    code = "from tests.pretraining.test_pretrain import learn_vocabulary; print(learn_vocabulary())"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == learn_vocabulary()
 
 
 @pytest.fixture(scope="module")
