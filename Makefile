@@ -11,13 +11,16 @@ export UV_SYSTEM_CERTS ?= 1
 STAMP := $(VENV)/.made-$(shell cat requirements.lock pyproject.toml Makefile | cksum | tr ' ' -)
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo test check bench lock
+.PHONY: help environment demo test test-fast test-repeat check bench faults lock
 
 help:
 	@echo "make demo    everything, dataset to table, on this machine (again: only what changed)"
 	@echo "make test    the tests"
+	@echo "make test-fast     those that need no server, no browser and no training of their own"
+	@echo "make test-repeat   the tests N times (N=5), with BUSY other processes that take a core each (BUSY=0)"
 	@echo "make check   lint, format, types, import contracts"
 	@echo "make bench   every speed claim, measured"
+	@echo "make faults  the smoke run killed at random moments, and what is left of it (many minutes)"
 	@echo "make environment   only .venv; every other target does it first"
 	@echo "make lock    resolve requirements.lock for what pyproject.toml asks now"
 
@@ -26,8 +29,25 @@ environment: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/prompt-diffusion demo
 
+# In the order of tests/conftest.py, the longest files first, and not those with the most tests.
+TWO_WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO_WORKERS) $(ARGS)
+
+test-fast: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO_WORKERS) -m "not slow" $(ARGS)
+
+# One line a run; fails if a run did. BUSY=2 keeps two cores busy with something else.
+N ?= 5
+BUSY ?= 0
+test-repeat: $(STAMP)
+	@mkdir -p build; busy=""; for each in $$(seq $(BUSY)); do (while :; do :; done) & busy="$$busy $$!"; done; \
+	trap 'test -z "$$busy" || kill $$busy' EXIT; trap 'exit 130' INT TERM; failed=0; \
+	for run in $$(seq $(N)); do \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO_WORKERS) -q $(ARGS) > build/test-run-$$run.log 2>&1 || failed=1; \
+	  echo "run $$run of $(N), $(BUSY) cores busy: $$(tail -n 1 build/test-run-$$run.log)"; \
+	done; exit $$failed
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -37,6 +57,10 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	@set -e; for script in benchmarks/[a-z]*.py; do $(BIN)/python "$$script"; done
+
+# Not part of the tests: it takes many minutes. `make faults ARGS="--kills 30 --seed 7"` draws other moments.
+faults: $(STAMP)
+	$(BIN)/python tests/faults/kill_loop.py $(ARGS)
 
 # Keeps every version that the lock has and the project still admits; `make lock ARGS=--upgrade` takes the newest.
 lock: $(UV)

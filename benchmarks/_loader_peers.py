@@ -20,6 +20,7 @@ from PIL import Image
 from prompt_diffusion.data.sampler import sample_generator
 from prompt_diffusion.data.transforms import Pixels, decode_image, encode_png
 from prompt_diffusion.engine.noise import draw_timestep
+from prompt_diffusion.image_files import open_image
 from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.samples import InContextBatch, SampleDraw
 
@@ -56,7 +57,7 @@ class PublishedLoader:
 
 
 def _open_jpeg(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
+    with open_image(path.read_bytes()) as image:
         resized = image.convert("RGB").resize((256, 256), Image.Resampling.LANCZOS)
     return np.asarray(resized).astype(np.float32) / 127.5 - 1.0
 

@@ -99,6 +99,8 @@ class Contest:
     def _options(self) -> dict[str, Any]:
         return {
             "num_inference_steps": self.num_steps,
+            "height": IMAGE_SIZE,
+            "width": IMAGE_SIZE,
             "guidance_scale": 7.5,
             "generator": torch.Generator().manual_seed(0),
             "output_type": "latent",
@@ -140,6 +142,8 @@ def compare_schedulers(
                 queries,
                 guidance_scale=guidance_scale,
                 num_inference_steps=steps,
+                height=queries.shape[1],
+                width=queries.shape[2],
                 generator=[torch.Generator().manual_seed(first_seed + i) for i in range(len(samples))],
                 output_type="np",
             ).images

@@ -6,18 +6,23 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
+import httpx
+from prefect.client.orchestration import get_client
 from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import (
+    PREFECT_API_REQUEST_TIMEOUT,
     PREFECT_API_URL,
+    PREFECT_CLIENT_MAX_RETRIES,
     PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
     PREFECT_HOME,
     PREFECT_SERVER_ANALYTICS_ENABLED,
@@ -25,22 +30,27 @@ from prefect.settings import (
     get_current_settings,
     temporary_settings,
 )
+from prefect.settings.legacy import Setting
 
 from flows.reproduce import reproduce_run
-from flows.run import Overrides, Preset, as_subflow, start_run
+from flows.run import Overrides, as_subflow, start_run
 from flows.stages import find_benchmark, obtain_dataset, obtain_inputs, obtain_pairs
 from flows.train import train_joint_model
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import ManifestRef
+from prompt_diffusion.tracking.client import hide_password
 from prompt_diffusion.training.stage import Train
 
 logger = logging.getLogger(__name__)
 
 _START_TIMEOUT_SECONDS = 300  # the first start makes the database: 10 seconds, or a minute on a busy machine
 _STOP_TIMEOUT_SECONDS = 10
+_KNOCK_SECONDS = 10.0
+_SETTLE_SECONDS = 0.5  # a Ctrl-C that ends the server, too, is this process's own to tell
+SERVER_LOST = 1
 
 
-def reproduce_here(preset: Preset, overrides: Overrides, store: str | None, home: Path) -> ManifestRef:
+def reproduce_here(preset: str, overrides: Overrides, store: str | None, home: Path) -> ManifestRef:
     """Return the table: made in this process where anything is missing, at once where everything is sealed.
 
     `home` is the folder of the embedded server. ValueError, one sentence, for what a user got wrong, before it starts.
@@ -54,14 +64,14 @@ def reproduce_here(preset: Preset, overrides: Overrides, store: str | None, home
         return as_subflow(reproduce_run, "reproduce")(run)
 
 
-def train_here(preset: Preset, overrides: Overrides, store: str | None, home: Path) -> ManifestRef:
+def train_here(preset: str, overrides: Overrides, store: str | None, home: Path) -> ManifestRef:
     """Return the model of all vision tasks, made in this process; ValueError as `reproduce_here` raises it."""
     run = start_run(preset, overrides, store)
     with embedded_server(home):
         return as_subflow(train_joint_model, "train")(run)
 
 
-def find_train_identity(preset: Preset, overrides: Overrides, store: str | None) -> StageIdentity:
+def find_train_identity(preset: str, overrides: Overrides, store: str | None) -> StageIdentity:
     """Return what that training would be known by; UnsealedError names a stage before it that is not made.
 
     Asks the store alone, and writes nothing.
@@ -74,16 +84,18 @@ def find_train_identity(preset: Preset, overrides: Overrides, store: str | None)
 def embedded_server(home: Path) -> Iterator[None]:
     """Run the flows of the block against a server of their own, with its database and results below `home`.
 
-    Where Prefect is pointed at a server (PREFECT_API_URL or a profile), that one is used and nothing is changed.
+    Where Prefect is pointed at a server (PREFECT_API_URL or a profile), that one is used; ConnectionError, one sentence, where
+    it does not answer.
     Prefect's own temporary server does not do: it takes a Ctrl-C for itself, and the flow then waits minutes for it.
     """
     if PREFECT_API_URL.value():
+        check_server()
         yield
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings: dict[Any, Any] = {
+    listener = socket.socket()  # handed to the server, so that nobody can take its port in between
+    listener.bind(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    settings: dict[Setting, object] = {
         PREFECT_HOME: home.resolve(),
         PREFECT_API_URL: f"http://127.0.0.1:{port}/api",
         PREFECT_SERVER_ANALYTICS_ENABLED: False,
@@ -92,7 +104,7 @@ def embedded_server(home: Path) -> Iterator[None]:
         PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,
     }
     home.mkdir(parents=True, exist_ok=True)
-    with temporary_settings(updates=settings), _exit_on_sigterm(), _serve(port, home / "server.log"):
+    with temporary_settings(updates=settings), _exit_on_sigterm(), _serve(listener, home / "server.log"):
         try:
             yield
         finally:
@@ -101,21 +113,52 @@ def embedded_server(home: Path) -> Iterator[None]:
             EventsWorker.drain_all()
 
 
+def check_server() -> None:
+    """Raise ConnectionError, one sentence, where the server that Prefect is pointed at does not answer, or refuses us.
+
+    Prefect's client itself would try for minutes, and end in a traceback.
+    """
+    where = f"the Prefect server at {hide_password(PREFECT_API_URL.value() or '')} (PREFECT_API_URL)"
+    patience: dict[Setting, object] = {PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: _KNOCK_SECONDS}
+    try:
+        with temporary_settings(updates=patience), get_client(sync_client=True) as client:
+            client.read_flows(limit=1)
+    except httpx.HTTPStatusError as error:
+        status = error.response.status_code
+        way_out = "set PREFECT_API_AUTH_STRING or PREFECT_API_KEY" if status in (401, 403) else "see its log"
+        raise ConnectionError(f"{where} answers with status {status}: {way_out}") from error
+    except (httpx.HTTPError, httpx.InvalidURL, RuntimeError, ValueError) as error:
+        raise ConnectionError(
+            f"{where} does not answer ({type(error).__name__}): start it, or unset the variable for a server of our own"
+        ) from error
+
+
 @contextmanager
-def _serve(port: int, log: Path) -> Iterator[None]:
+def _serve(listener: socket.socket, log: Path) -> Iterator[None]:
     """Run the server's process for the time of the block."""
     environment = os.environ | get_current_settings().to_environment_variables(exclude_unset=True)
-    command = [sys.executable, "-m", "flows.server", str(port)]
-    with log.open("wb") as sink:
+    port, number = listener.getsockname()[1], listener.fileno()
+    # -P: what lies in the current folder, such as a user's own flows.py or random.py, is not imported
+    command = [sys.executable, "-P", "-m", "flows.server", str(number)]
+    with listener, log.open("wb") as sink:
         # A session of its own: the terminal's Ctrl-C is for the flows.
         server = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=sink, stderr=sink, env=environment, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=sink,
+            stderr=sink,
+            env=environment,
+            start_new_session=True,
+            pass_fds=(number,),
         )
+    is_over = threading.Event()
     try:
         logger.info("starting Prefect's server")
         _wait_until_healthy(server, port, log)
+        threading.Thread(target=_follow, args=(server, is_over, log), daemon=True).start()
         yield
     finally:
+        is_over.set()
         server.terminate()
         try:
             server.wait(_STOP_TIMEOUT_SECONDS)
@@ -124,15 +167,44 @@ def _serve(port: int, log: Path) -> Iterator[None]:
             server.wait()
 
 
+def _follow(server: subprocess.Popen[bytes], is_over: threading.Event, log: Path) -> None:
+    """End this process, with one sentence and at once, where its server ends before it does.
+
+    Prefect would ask the dead server for minutes. Nothing is lost by going: the store keeps what is finished, trainings
+    save and stop when their parent is gone, and what MLflow has not heard waits in its outbox.
+    """
+    server.wait()
+    if is_over.wait(_SETTLE_SECONDS):
+        return
+    sys.stderr.write(
+        f"prompt-diffusion: Prefect's own server ended ({_describe_exit(server)}), see {log.resolve()}: "
+        "run the same command to go on\n"
+    )
+    sys.stderr.flush()
+    os._exit(SERVER_LOST)
+
+
+def _describe_exit(server: subprocess.Popen[bytes]) -> str:
+    code = server.returncode
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
 def _wait_until_healthy(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    give_up = time.monotonic() + _START_TIMEOUT_SECONDS
+    started = time.monotonic()
+    give_up = started + _START_TIMEOUT_SECONDS
     while server.poll() is None and time.monotonic() < give_up:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=5):
                 return
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             time.sleep(0.1)
-    raise RuntimeError(f"Prefect's server did not start within {_START_TIMEOUT_SECONDS} seconds: see {log}")
+    seconds = round(time.monotonic() - started)
+    if server.poll() is not None:
+        last = (log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+        raise ConnectionError(
+            f"Prefect's server ended after {seconds} seconds ({_describe_exit(server)}): {last}; see {log.resolve()}"
+        )
+    raise ConnectionError(f"Prefect's server did not start within {seconds} seconds: see {log.resolve()}")
 
 
 @contextmanager

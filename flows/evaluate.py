@@ -1,9 +1,9 @@
 """Evaluation: every number of the table, measured on the test split."""
 
-from prefect import flow
+from prefect import flow, get_run_logger
 
 from flows.run import Overrides, Preset, Run, Upstream, start_run
-from flows.stages import obtain_measurements, obtain_models
+from flows.stages import find_models, obtain_measurements, obtain_models
 from prompt_diffusion.store.manifest import ManifestRef
 from tasks.register import register
 
@@ -14,7 +14,8 @@ def evaluate(
 ) -> list[ManifestRef]:
     """Generate and measure: a cell for each method and vision task, the in-context test, the trivial baselines.
 
-    The numbers of Prompt Diffusion also go beside its version in the registry.
+    The numbers of Prompt Diffusion also go beside its version in the registry, if it has one. Where earlier stages are
+    required, baselines that are not trained are named and left out; the joint model has to be there.
 
     Args:
         preset: The complete configuration to start from.
@@ -27,7 +28,12 @@ def evaluate(
 
 def measure(run: Run) -> list[ManifestRef]:
     """Measure the models of a run, and put the joint model's numbers beside its version."""
-    models = obtain_models(run)
+    models = find_models(run) if run.upstream == "require" else obtain_models(run)
+    missing = models.list_missing(run)
+    if missing:
+        get_run_logger().warning(
+            "not trained, so not measured: %s (train/controlnet-baselines makes them)", ", ".join(missing)
+        )
     measured = obtain_measurements(run.making(), models)
     register(models.six_task, measured.cells)
     return list(measured.cells)

@@ -45,7 +45,7 @@ class Run:
 
 
 def start_run(
-    preset: Preset,
+    preset: str,
     overrides: Overrides | None,
     store: str | None,
     upstream: Upstream = "make",

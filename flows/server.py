@@ -1,8 +1,10 @@
-"""The process of the embedded Prefect server: `python -m flows.server PORT`; it ends when its standard input does.
+"""The process of the embedded Prefect server: `python -m flows.server SOCKET`; it ends when its standard input does.
 
-That input is a pipe from the process that the server is for: however that one ends, no server stays behind.
+That input is a pipe from the process that the server is for: however that one ends, no server stays behind. SOCKET is the
+number of an open file: a socket that is bound to the server's address.
 """
 
+import socket
 import sys
 import threading
 
@@ -10,9 +12,9 @@ import uvicorn
 from prefect.server.api.server import create_app
 
 
-def main(port: int) -> None:
-    """Serve the API on that port of this machine alone, without the page and the scheduling services."""
-    config = uvicorn.Config(create_app(ephemeral=True, final=True), "127.0.0.1", port, log_level="error")
+def main(number: int) -> None:
+    """Serve the API on that socket, without the page and the scheduling services."""
+    config = uvicorn.Config(create_app(ephemeral=True, final=True), log_level="error")
     server = uvicorn.Server(config)
 
     def follow() -> None:
@@ -20,7 +22,7 @@ def main(port: int) -> None:
         server.should_exit = True
 
     threading.Thread(target=follow, daemon=True).start()
-    server.run()
+    server.run(sockets=[socket.socket(fileno=number)])
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from prompt_diffusion.evaluation.generate import Generate, GenerateConfig, build
 from prompt_diffusion.evaluation.in_context import MeasureInContext, build_shown_configs
 from prompt_diffusion.evaluation.trivial import MeasureTrivial, build_trivial_config
 from prompt_diffusion.presets import FanOut
-from prompt_diffusion.store.manifest import ManifestRef, UnsealedError, is_sealed
+from prompt_diffusion.store.manifest import ManifestRef, UnsealedError, find_sealed, is_sealed
 from prompt_diffusion.store.records import MadeShard
 from prompt_diffusion.store.stage import Context, ShardedStage, Stage, require
 from prompt_diffusion.training.encode import Encode, EncodeText
@@ -41,10 +41,15 @@ class Models:
     inputs: TrainInputs
     six_task: ManifestRef
     baselines: dict[str, ManifestRef]
+    """By vision task; those alone that are trained, where nothing is made."""
 
     def find(self, method: Method, vision_task: str) -> ManifestRef:
         """Return the model of a method for a vision task."""
         return self.six_task if method == "Prompt Diffusion" else self.baselines[vision_task]
+
+    def list_missing(self, run: Run) -> list[str]:
+        """Return the vision tasks' baselines that are not there, by name."""
+        return [f"CN(FT) {task}" for task in run.config.train.vision_tasks if task not in self.baselines]
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,17 @@ def obtain_models(run: Run) -> Models:
     return Models(inputs, obtain_joint_model(run, inputs), obtain_baselines(run, inputs))
 
 
+def find_models(run: Run) -> Models:
+    """Return the models that are there: the joint one, else UnsealedError, and those of the baselines that are trained."""
+    inputs = obtain_inputs(run, obtain_dataset(run, obtain_pairs(run)))
+    six_task = obtain_joint_model(run, inputs)
+    found = {
+        task: find_sealed(Train(config, inputs).identity, run.store)
+        for task, config in run.config.baseline_trainings().items()
+    }
+    return Models(inputs, six_task, {task: ref for task, ref in found.items() if ref is not None})
+
+
 def obtain_generations(run: Run, config: GenerateConfig, model: ManifestRef, dataset: Dataset) -> ManifestRef:
     """Return a model's images; many of them are made in parts, by many workers."""
     resources = run.config.resources
@@ -143,13 +159,15 @@ def obtain_generations(run: Run, config: GenerateConfig, model: ManifestRef, dat
 
 
 def obtain_measurements(run: Run, models: Models) -> Measurements:
-    """Return a cell for each method and vision task, the in-context test and the trivial baselines."""
+    """Return a cell for each method and vision task that has a model, the in-context test and the trivial baselines."""
     config, resources = run.config.evaluate, run.config.resources.evaluate
     dataset = Dataset(pairs=models.inputs.pairs, maps=models.inputs.maps)
     extractor = resolve_extractor(config.extractor, run.settings.cache_dir)
     cells = []
     for method in METHODS:
         for vision_task in run.config.train.vision_tasks:
+            if method != "Prompt Diffusion" and vision_task not in models.baselines:
+                continue
             model = models.find(method, vision_task)
             images = obtain_generations(run, build_generate_config(config, method, vision_task), model, dataset)
             cell = MeasureCell(build_cell_config(method, vision_task, extractor), images, model, dataset)

@@ -12,14 +12,14 @@ from prompt_diffusion.model.references import BESIDE_BASE
 from prompt_diffusion.store.manifest import ManifestRef
 from prompt_diffusion.training.inputs import TrainInputs, check_pairs
 from prompt_diffusion.vision_tasks import VISION_TASKS
-from tasks.register import register
+from tasks.register import choose_alias, register
 
 
 @flow(name="train")
 def train_six_task(
     preset: Preset = "demo", overrides: Overrides | None = None, store: str | None = None, upstream: Upstream = "make"
 ) -> ManifestRef:
-    """Train one Prompt Diffusion model on all six vision tasks, and register it as the challenger.
+    """Train one Prompt Diffusion model on all six vision tasks, and register it: as the challenger, unless it is a smoke run's.
 
     A run that was stopped goes on from its last checkpoint when the same run is started again.
 
@@ -35,7 +35,7 @@ def train_six_task(
 def train_joint_model(run: Run) -> ManifestRef:
     """Train the joint model of a run, and register it."""
     model = obtain_joint_model(run.making(), prepare_inputs(run))
-    register(model)
+    register(model, alias=choose_alias(run.config.name))
     return model
 
 
@@ -89,7 +89,7 @@ def train_custom(
     changes = build_custom_overrides(condition, mixed, model, steps) | (overrides or {})
     run = start_run(preset, changes, store, upstream)
     trained = obtain_joint_model(run.making(), prepare_custom_inputs(run, folder, condition, mixed))
-    register(trained, name=f"{run.settings.registered_model}-{condition}")
+    register(trained, name=f"{run.settings.registered_model}-{condition}", alias=choose_alias(preset))
     return trained
 
 
@@ -122,8 +122,13 @@ def prepare_custom_inputs(run: Run, folder: str, condition: str, mixed: bool) ->
 
 
 def use_pairs(run: Run, folder: str, condition: str) -> Run:
-    """Return the run with a user's pairs in place of the preset's dataset, ingested in the same way."""
-    source = ImageFolderConfig(uri=folder, condition=condition)
+    """Return the run with a user's pairs in place of the preset's dataset, ingested in the same way.
+
+    Where the run's own source is an image folder, what it says of columns and grey values holds for the pairs.
+    """
+    given = run.config.ingest.source
+    fields = given.model_dump() if isinstance(given, ImageFolderConfig) else {}
+    source = ImageFolderConfig.model_validate(fields | {"uri": folder, "condition": condition})
     ingest = run.config.ingest.model_copy(update={"source": source})
     pairs = {"ingest": ingest, "annotate": (AnnotateConfig(condition=condition),)}
     return replace(run, config=run.config.model_copy(update=pairs))

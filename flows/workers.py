@@ -8,7 +8,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from prompt_diffusion.presets import FanOut
 
-Workers = TaskRunner[Any]
+Workers = TaskRunner[Any]  # each kind of runner has futures of its own kind
 
 
 @contextmanager

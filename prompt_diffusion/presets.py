@@ -16,7 +16,7 @@ from prompt_diffusion.data.sources.instruct_pix2pix import InstructPix2PixConfig
 from prompt_diffusion.data.sources.scenes import ScenesConfig
 from prompt_diffusion.engine.config import NoiseConfig, OptimizerConfig, TrainResources
 from prompt_diffusion.evaluation.config import EvaluateConfig, EvaluateResources
-from prompt_diffusion.frozen import FrozenModel
+from prompt_diffusion.frozen import FrozenModel, say_first_error
 from prompt_diffusion.model.references import DEMO_BASE
 from prompt_diffusion.training.config import DropoutConfig, SamplingConfig, TrainConfig
 from prompt_diffusion.training.encode import EncodeConfig, EncodeResources
@@ -149,13 +149,14 @@ def paper() -> RunConfig:
       package: UperNet takes its place, on the same classes and colours.
     - Model: SD v1.5; the ControlNet a copy of its encoder (section 3.2); stems of 16, 16, 32, 32, 96, 96, 256 channels, images
       in [-1, 1] (the code); ControlNet and SD's decoder trained (the code: the flag that should lock the decoder is inverted).
-    - Samples: vision tasks drawn uniformly; the example from the input image of the same prompt group, query and target from
-      the edited image; the edited caption, or "depth map", "hed map", "segmentation map" (the code).
+    - Samples: vision tasks and prompt groups drawn uniformly, then a pair of the group (the code: ``train.draw``); the example
+      from the input image of the same prompt group, query and target from the edited image; the edited caption, or "depth
+      map", "hed map", "segmentation map" (the code).
     - Dropout: one uniform number; text 0.10, example pair 0.10, both 0.05 (the code).
     - Loss: noise prediction, L2, all samples alike, timesteps uniform over SD's own 1000 steps (the code).
     - Optimizer: AdamW 1e-4, constant, not clipped, no EMA (the code; its decay and betas are presumed to be torch's defaults);
-      batch 512 (section 4; the author names 1024 in an issue, the published yaml gives 2048), 5,000 steps (the released
-      weights are of step 4,999). The seed is ours.
+      batch 512 (section 4; the author names 256 x 4 GPUs in an issue, the published yaml gives 2048), 5,000 steps (the released
+      weights are of step 4,999, after "nearly 20 epochs": 18.2 at 1,024, 9.1 at 512). The seed is ours.
     - Precision: the recipe's one departure, so that one GPU trains it in hours, not days. Published is float32 throughout
       (the code), which ``train.precision=float32`` restores; here the networks compute in bfloat16 by autocast, while
       weights, optimizer and loss stay float32.
@@ -180,6 +181,7 @@ def paper() -> RunConfig:
         encode=EncodeConfig(base=base),
         train=TrainConfig(
             base=base,
+            draw="group",
             precision="bfloat16",
             sampling=SamplingConfig(num_inference_steps=100, guidance_scale=9.0),
         ),
@@ -276,6 +278,7 @@ def smoke() -> RunConfig:
     )
 
 
+_MAX_DEPTH = 20
 _PRESETS = {"smoke": smoke, "demo": demo, "paper": paper}
 
 
@@ -289,27 +292,39 @@ def build_preset(name: str, overrides: Mapping[str, Any] | None = None) -> RunCo
     content = _PRESETS[name]().model_dump()
     for key, value in (overrides or {}).items():
         _override(content, key, value)
-    if content["encode"]["base"] != content["train"]["base"]:
-        if "encode.base" in (overrides or {}):
-            raise ValueError(
-                f"encode.base {content['encode']['base']!r} and train.base {content['train']['base']!r} must be the same"
-            )
-        content["encode"]["base"] = content["train"]["base"]
+    _join_bases(content, is_chosen=bool({"encode", "encode.base"} & set(overrides or {})))
     try:
         return RunConfig.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or name
-        message = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{place}: {message}, got {_shorten(first['input'])}") from None
+        raise ValueError(say_first_error(error, whole=name)) from None
+
+
+def _join_bases(content: dict[str, Any], *, is_chosen: bool) -> None:
+    """Let the encoders follow the training's base; ValueError where another was chosen for them."""
+    encode, train = content["encode"], content["train"]
+    if not (isinstance(encode, dict) and isinstance(train, dict)):
+        return  # what is no configuration at all is refused as such
+    base = train.get("base", TrainConfig().base)
+    if encode.get("base", EncodeConfig.model_fields["base"].default) == base:
+        return
+    if is_chosen:
+        raise ValueError(f"encode.base {encode.get('base')!r} and train.base {base!r} must be the same")
+    encode["base"] = base
 
 
 def _override(content: dict[str, Any], key: str, value: Any) -> None:  # noqa: ANN401 - any field's value
     """Set one field of a nested dictionary (lists by position); ValueError names the nearest field that exists."""
+    _check_depth(key, value)
     *path, last = key.split(".")
     inner: Any = content
     for depth, part in enumerate([*path, last]):
-        names = [str(i) for i in range(len(inner))] if isinstance(inner, list | tuple) else list(inner or {})
+        names = (
+            [str(i) for i in range(len(inner))]
+            if isinstance(inner, list | tuple)
+            else list(inner)
+            if isinstance(inner, dict)
+            else []
+        )
         if not isinstance(inner, dict | list | tuple) or part not in names:
             where = ".".join(path[:depth])
             near = difflib.get_close_matches(part, names, n=1)
@@ -328,6 +343,15 @@ def _override(content: dict[str, Any], key: str, value: Any) -> None:  # noqa: A
     inner[int(last) if isinstance(inner, list) else last] = value
 
 
-def _shorten(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _check_depth(key: str, value: Any) -> None:  # noqa: ANN401 - any field's value
+    """Refuse what is nested deeper than any field."""
+    layer, depth = [value], 0
+    while layer := [
+        inner
+        for each in layer
+        if isinstance(each, dict | list | tuple)
+        for inner in (each.values() if isinstance(each, dict) else each)
+    ]:
+        depth += 1
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"{key}: no field is nested deeper than {_MAX_DEPTH} levels, and this value is")

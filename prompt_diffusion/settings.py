@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -21,10 +21,19 @@ class Settings(BaseSettings):
     """Folder with weights that were fetched by hand, for machines without a hub (PROMPT_DIFFUSION_WEIGHTS_DIR)."""
     tracking_uri: str = Field(default="sqlite:///outputs/mlflow.db", alias="MLFLOW_TRACKING_URI")
     """MLflow's tracking server or database (MLFLOW_TRACKING_URI)."""
+    studio_password: SecretStr | None = None
+    """What the studio asks of every visitor; without it, a page that other machines can reach draws one
+    (PROMPT_DIFFUSION_STUDIO_PASSWORD)."""
     registered_model: str = "prompt-diffusion"
     """Name under which models are registered (PROMPT_DIFFUSION_REGISTERED_MODEL)."""
 
 
 def load_settings() -> Settings:
-    """Read the environment."""
+    """Read the environment; ValueError where the working directory, which relative places begin at, was deleted."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise ValueError(
+            "the working directory was deleted: change into another one and run the command again"
+        ) from None
     return Settings()

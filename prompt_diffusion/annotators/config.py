@@ -16,9 +16,9 @@ class AnnotateConfig(FrozenModel):
     """Which condition map is made, and by what."""
 
     condition: str = Field(pattern=CONDITION_PATTERN)
-    """The kind of map: an annotator's, or with `exact` any that the pairs bring."""
+    """The kind of map: an annotator's, or with ``exact`` any that the pairs bring."""
     annotator: str = EXACT
-    """A name in the table of annotators, or `exact`: the maps that the pairs bring with them."""
+    """A name in the table of annotators, or ``exact``: the maps that the pairs bring with them."""
     resolution: Literal["training", "native"] = "training"
     """What an annotator sees: the pairs as ingested, or the source's own pixels, as published, its map resized once."""
     weights_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")

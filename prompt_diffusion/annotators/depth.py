@@ -1,13 +1,14 @@
 """Depth maps, near is bright, and surface normals from depth; this module stays light, torch comes with the build.
 
-Source of each pre- and post-processing: `depth_midas`, `normal_midas`: annotator/midas of the Prompt Diffusion repository
-(8ecd2d1), the network of controlnet-aux 0.0.10; `depth_anything_v2`: the depth-estimation pipeline of transformers.
+Source of each pre- and post-processing: ``depth_midas``, ``normal_midas``: annotator/midas of the Prompt Diffusion repository
+(8ecd2d1), the network of controlnet-aux 0.0.10; ``depth_anything_v2``: the depth-estimation pipeline of transformers.
 The digest of MiDaS's file begins with the eight digits in its published name.
 """
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from prompt_diffusion.annotators.base import MEGAPIXEL
 from prompt_diffusion.annotators.network_spec import Infer, define_network
 from prompt_diffusion.annotators.weights import Arrays, HubFile, PublishedWeights
 
@@ -84,7 +85,7 @@ def build_depth_anything(arrays: Arrays, name: str, device: str) -> Infer:
 
 
 def wrap_depth_anything(network: Callable[..., object], size: int) -> Infer:
-    """Put transformers' pre- and post-processing around a network: about `size` pixels a side, bicubic in and out."""
+    """Put transformers' pre- and post-processing around a network: about ``size`` pixels a side, bicubic in and out."""
     import torch
     from transformers import DPTImageProcessor
     from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -119,8 +120,8 @@ MIDAS_WEIGHTS = PublishedWeights(
     ),
     licence="MIT",
 )
-DEPTH_MIDAS = define_network("depth_midas", "depth", build_midas_depth, MIDAS_WEIGHTS)
-NORMAL_MIDAS = define_network("normal_midas", "normal", build_midas_normals, MIDAS_WEIGHTS)
+DEPTH_MIDAS = define_network("depth_midas", "depth", build_midas_depth, MIDAS_WEIGHTS, max_pixels=MEGAPIXEL)
+NORMAL_MIDAS = define_network("normal_midas", "normal", build_midas_normals, MIDAS_WEIGHTS, max_pixels=MEGAPIXEL)
 DEPTH_ANYTHING_V2 = define_network(
     "depth_anything_v2",
     "depth",
@@ -135,4 +136,5 @@ DEPTH_ANYTHING_V2 = define_network(
         ),
         licence="Apache-2.0",
     ),
+    max_pixels=8 * MEGAPIXEL,  # the network itself always sees about 518 x 518
 )

@@ -1,6 +1,6 @@
 """How good a depth annotator is, up to the scale and shift that it cannot know (Ranftl et al., arXiv 1907.01341).
 
-The truth is the disparity of scikit-image's stereo pair `motorcycle` (Middlebury 2014), the one true depth that ships with a
+The truth is the disparity of scikit-image's stereo pair ``motorcycle`` (Middlebury 2014), the one true depth that ships with a
 package of ours.
 """
 

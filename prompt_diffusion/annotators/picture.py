@@ -1,7 +1,7 @@
 """The picture of docs/annotators.md: real photographs beside what the annotators make of them.
 
 Made again by:
-`python -c "from prompt_diffusion.annotators.picture import save_picture as s; s('docs/pictures/hed-photographs.png')"`
+``python -c "from prompt_diffusion.annotators.picture import save_picture as s; s('docs/pictures/hed-photographs.png')"``
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ def load_photographs() -> dict[str, ImageBatch]:
 def render_picture(
     annotators: Sequence[str] = ANNOTATORS_SHOWN, longest_side: int = 384, tile_width: int = 152
 ) -> ImageBatch:
-    """Return a sheet H,W,3: a photograph a row, shrunk to `longest_side` for the annotators, and a column for each."""
+    """Return a sheet H,W,3: a photograph a row, shrunk to ``longest_side`` for the annotators, and a column for each."""
     built = [build_annotator(name) for name in annotators]
     rows = []
     for photograph in load_photographs().values():

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from prompt_diffusion.annotators.networks import import_quietly
 
 NORMAL_Z = 2.0 * math.pi
-"""How flat normals are: the third component before they are made of unit length (published as `a`)."""
+"""How flat normals are: the third component before they are made of unit length (published as ``a``)."""
 BACKGROUND_THRESHOLD = 0.1
-"""Share of the range of inverse depth below which a pixel is background and faces the viewer (published as `bg_th`)."""
+"""Share of the range of inverse depth below which a pixel is background and faces the viewer (published as ``bg_th``)."""
 
 
 def build_midas_network() -> nn.Module:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prompt_diffusion.annotators.ade20k import PALETTE
+from prompt_diffusion.annotators.base import MEGAPIXEL
 from prompt_diffusion.annotators.network_spec import Infer, define_network
 from prompt_diffusion.annotators.weights import Arrays, HubFile, PublishedWeights
 
@@ -111,6 +112,7 @@ SEG_UPERNET = define_network(
         ),
         licence="MIT",
     ),
+    max_pixels=2 * MEGAPIXEL,  # the scores of 150 classes come back at the image's own size
 )
 SEG_ONEFORMER = define_network(
     "seg_oneformer",
@@ -126,4 +128,5 @@ SEG_ONEFORMER = define_network(
         ),
         licence="MIT",
     ),
+    max_pixels=2 * MEGAPIXEL,  # the scores of 150 classes come back at the image's own size
 )

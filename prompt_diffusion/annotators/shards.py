@@ -78,7 +78,7 @@ def _list_images(table: pa.Table) -> Iterator[bytes]:
 def _reading_source(manifest: Manifest, ingest: IngestConfig) -> ReadFiles:
     """Return the same reader on the source's own files, at their own resolution."""
     source = build_native_source(ingest)
-    keys = {key.sample_id: key for key in source.plan()}
+    keys = {key.sample_id: key for key in source.plan() if not key.reject}
 
     def read_files(index: int) -> tuple[list[str], Iterator[bytes]]:
         sample_ids = manifest.read_shard(manifest.shards[index], columns=["sample_id"])["sample_id"].to_pylist()

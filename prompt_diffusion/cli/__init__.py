@@ -15,7 +15,15 @@ from prompt_diffusion.cli.annotators import annotate, annotators_app, weights_ap
 from prompt_diffusion.cli.checkpoints import export_checkpoint, import_checkpoint
 from prompt_diffusion.cli.generation import PairsCommand, edit, generate, settings
 from prompt_diffusion.cli.models import models, promote
-from prompt_diffusion.cli.shared import OverridesOption, PresetOption, StoreOption, parse_overrides, say_errors
+from prompt_diffusion.cli.shared import (
+    JsonOption,
+    OverridesOption,
+    PresetOption,
+    StoreOption,
+    need_flows,
+    parse_overrides,
+    say_errors,
+)
 from prompt_diffusion.cli.studio import studio
 from prompt_diffusion.cli.training import train
 
@@ -42,7 +50,6 @@ app.add_typer(weights_app, name="weights", rich_help_panel=MAKE)
 app.command(rich_help_panel=INSPECT)(models)
 app.command(rich_help_panel=INSPECT)(settings)
 app.add_typer(annotators_app, name="annotators", rich_help_panel=INSPECT)
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command(rich_help_panel=MAKE)
@@ -56,12 +63,11 @@ def demo(
 
     Example: prompt-diffusion demo --set train.num_steps=900
     """
-    # the flows stand above the library: looked up by name here, where a person asked for one
-    from importlib import import_module
+    with need_flows():
+        from flows.embedded import reproduce_here
 
     # a thread that waits sleeps instead of spinning: on a machine that does other things too, spinning costs far more
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    reproduce_here = import_module("flows.embedded").reproduce_here
     ref = reproduce_here(preset, parse_overrides(overrides or []), store, Path("outputs/prefect"))
     from prompt_diffusion.evaluation.table import read_table
 
@@ -94,6 +100,8 @@ def show_table(table: "BenchmarkTable", as_json: bool) -> None:
     for label, counts in zip(table.in_context.labels, table.in_context.confusion, strict=True):
         outcomes.add_row(label.replace("hed", "HED"), *map(str, counts))
     console = Console(highlight=False)
+    created = str(table.provenance.get("created", "an unknown time")).partition(".")[0]
+    console.print(f"The table of training {table.training or '(unknown)'}, made at {created}.")
     console.print(grid)
     for measure in sorted({describe_measure(cell) for cell in table.cells}):
         console.print(f"Measured here: {measure}.")
@@ -105,15 +113,30 @@ def show_table(table: "BenchmarkTable", as_json: bool) -> None:
 
 @app.command(rich_help_panel=INSPECT)
 @say_errors
-def table(as_json: JsonOption = False, store: StoreOption = None) -> None:
-    """Print the newest benchmark table.
+def table(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Whose table: models:/NAME/VERSION, or a training's fingerprint; default: the newest table."
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+    store: StoreOption = None,
+) -> None:
+    """Print a benchmark table: the newest, or the one of a model.
 
-    Example: prompt-diffusion table --json
+    Example: prompt-diffusion table models:/prompt-diffusion@champion
     """
     from prompt_diffusion.evaluation.table import find_newest_table
     from prompt_diffusion.settings import load_settings
 
-    show_table(find_newest_table(store or load_settings().store), as_json)
+    settings = load_settings()
+    training = model
+    if model is not None and model.startswith("models:/"):
+        from prompt_diffusion.generation.model import identify_model
+
+        training = identify_model(model, settings).fingerprint
+    show_table(find_newest_table(store or settings.store, training), as_json)
 
 
 @app.command(rich_help_panel=INSPECT)

@@ -1,4 +1,4 @@
-"""The commands `annotate`, `weights` and `annotators`."""
+"""The commands ``annotate``, ``weights`` and ``annotators``."""
 
 import json
 import sys
@@ -10,8 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from prompt_diffusion.cli.files import check_out, read_image_file, write_file
-from prompt_diffusion.cli.shared import StoreOption, say_errors
+from prompt_diffusion.cli.files import check_out, read_picture_file, replace_file
+from prompt_diffusion.cli.shared import JsonOption, StoreOption, say_errors
 
 weights_app = typer.Typer(
     help="Weights of annotators and bases, and the store's own copies of them.", no_args_is_help=True
@@ -40,7 +40,7 @@ def annotate(
     store: StoreOption = None,
     device: Annotated[str, typer.Option(help="cpu, cuda; auto takes a GPU where there is one.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Make the condition map of a photograph.
 
@@ -57,13 +57,13 @@ def annotate(
     from prompt_diffusion.store.storage import join_uri
 
     check_out(out, force)
-    pixels = decode_image(read_image_file(image))
+    pixels = decode_image(read_picture_file(image))
     pixels = pixels if size is None else resize_image(pixels, size)
     mirrored = join_uri(store or load_settings().store, MIRROR)
     resources = AnnotateResources(weights=place, weights_mirror=mirrored, device=device)
     spec = choose_annotator(annotator, resources)
     built = build_annotator(spec.name, resources)
-    write_file(out, encode_png(built.annotate(pixels[None])[0]))
+    replace_file(out, encode_png(built.annotate(pixels[None])[0]))
     height, width = pixels.shape[:2]
     facts = {
         "file": str(out),

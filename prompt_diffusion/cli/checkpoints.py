@@ -1,4 +1,4 @@
-"""The commands `import-checkpoint` and `export-checkpoint`."""
+"""The commands ``import-checkpoint`` and ``export-checkpoint``."""
 
 import json
 import re
@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prompt_diffusion.cli.progress import show_phases
-from prompt_diffusion.cli.shared import StoreOption, say_errors
+from prompt_diffusion.cli.shared import JsonOption, StoreOption, say_errors
 
 if TYPE_CHECKING:
     from prompt_diffusion.model.original.parts import ImportReport
     from prompt_diffusion.settings import Settings
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 _FILE_ENDINGS = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 

@@ -6,15 +6,11 @@ from pathlib import Path
 from prompt_diffusion.store.local_files import temporary_file
 
 
-def read_image_file(path: Path) -> bytes:
-    """Return an image file's bytes; ValueError names the file that is not there or cannot be decoded."""
-    from prompt_diffusion.data.transforms import decode_image
+def read_picture_file(path: Path) -> bytes:
+    """Return the bytes of an image file; ValueError names the file that is not there or cannot be decoded."""
+    from prompt_diffusion.data.transforms import decode_image, read_image_file
 
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, not an image file")
-    if not path.exists():
-        raise ValueError(f"there is no image file {path}")
-    data = path.read_bytes()
+    data = read_image_file(path)
     try:
         decode_image(data)
     except ValueError as error:
@@ -23,7 +19,7 @@ def read_image_file(path: Path) -> bytes:
 
 
 def check_out(path: Path, is_forced: bool) -> None:
-    """Raise ValueError, before any work, where a PNG cannot be written to `path`, or would replace a file unasked."""
+    """Raise ValueError, before any work, where a PNG cannot be written to ``path``, or would replace a file unasked."""
     if path.suffix.lower() != ".png":
         raise ValueError(f"--out {path} must end in .png: results are PNG files, which keep every pixel")
     if path.is_dir():
@@ -36,7 +32,7 @@ def check_out(path: Path, is_forced: bool) -> None:
         raise ValueError(f"{path} is there already: name another file, or add --force to replace it")
 
 
-def write_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
     """Write a file that appears whole or not at all."""
     with temporary_file(path, data) as temporary:
         temporary.replace(path)

@@ -1,4 +1,4 @@
-"""The commands that make images with a model: `generate`, `edit`, and `settings`, which reads how one was made."""
+"""The commands that make images with a model: ``generate``, ``edit``, and ``settings``, which reads how one was made."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 from typer.core import TyperCommand
 
-from prompt_diffusion.cli.files import check_out, read_image_file, write_file
+from prompt_diffusion.cli.files import check_out, read_picture_file, replace_file
 from prompt_diffusion.cli.progress import show_steps
-from prompt_diffusion.cli.shared import say_errors
+from prompt_diffusion.cli.shared import JsonOption, say_errors
 
 if TYPE_CHECKING:
     from prompt_diffusion.generation import Generation, GenerationRequest
@@ -38,7 +38,6 @@ CountOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU where there is one.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace a file that is there.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")]
 
 _FIELDS = (
     "model",
@@ -152,7 +151,7 @@ def edit(
 @say_errors
 def settings(
     image: Annotated[Path, typer.Argument(help="A PNG file that generate, edit or the studio made.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show how an image was made: its model, seed and settings, and digests of the images that went in.
 
@@ -160,7 +159,7 @@ def settings(
     """
     from prompt_diffusion.generation import read_record
 
-    data = read_image_file(image)
+    data = read_picture_file(image)
     try:
         record = read_record(data)
     except ValueError as error:
@@ -180,7 +179,7 @@ def settings(
 def _make(
     fields: list[dict[str, Any]],
     query: Path,
-    pairs: Sequence[tuple[Path, Path]],
+    examples: Sequence[tuple[Path, Path]],
     out: Path,
     device: str,
     is_forced: bool,
@@ -194,23 +193,23 @@ def _make(
     outs = [out] if len(requests) == 1 else [out.with_stem(f"{out.stem}-{request.seed}") for request in requests]
     for path in (*outs, *([map_out] if map_out else [])):
         check_out(path, is_forced)
-    examples = [(read_image_file(source), read_image_file(target)) for source, target in pairs]
-    image = read_image_file(query)
+    files = [(read_picture_file(source), read_picture_file(target)) for source, target in examples]
+    image = read_picture_file(query)
     made = []
-    for path, generation in zip(outs, _run(requests, image, examples, device), strict=True):
-        write_file(path, encode_result(generation.image, generation.record))
+    for path, generation in zip(outs, _run(requests, image, files, device), strict=True):
+        replace_file(path, encode_result(generation.image, generation.record))
         for note in generation.notes:
             print(f"prompt-diffusion: {note}", file=sys.stderr)
         made.append({"file": str(path), **generation.record.model_dump(mode="json")})
         if map_out is not None and generation.condition_map is not None:
             from prompt_diffusion.data.transforms import encode_png
 
-            write_file(map_out, encode_png(generation.condition_map))
+            replace_file(map_out, encode_png(generation.condition_map))
             made[-1]["map_file"] = str(map_out)
         request = generation.record.request
         print(
-            f"{path}: {request.size} x {request.size} pixels, seed {request.seed}, {request.num_inference_steps} steps, "
-            f"guidance {request.guidance_scale:g}",
+            f"{path}: by {request.model}, {request.size} x {request.size} pixels, seed {request.seed}, "
+            f"{request.num_inference_steps} steps, guidance {request.guidance_scale:g}",
             file=sys.stderr,
         )
     if as_json:

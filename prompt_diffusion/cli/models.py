@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from prompt_diffusion.cli.shared import say_errors
+from prompt_diffusion.cli.shared import JsonOption, say_errors
 
 if TYPE_CHECKING:
     from prompt_diffusion.registry import ModelVersionSummary
@@ -24,7 +24,7 @@ _MEASURES = {"rmse": "RMSE", "frechet_distance": "Fréchet", "FID": "FID"}
 @say_errors
 def models(
     name: Annotated[str | None, typer.Argument(help="A registered model; default: all of them.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """List the versions of registered models with what was measured of them, newest first.
 

@@ -1,4 +1,4 @@
-"""The command `studio`."""
+"""The command ``studio``."""
 
 import sys
 from importlib.util import find_spec
@@ -8,8 +8,6 @@ import typer
 
 from prompt_diffusion.cli.generation import DEFAULT_MODEL, DeviceOption
 from prompt_diffusion.cli.shared import say_errors
-
-LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 @say_errors
@@ -30,19 +28,23 @@ def studio(
     if find_spec("gradio") is None:
         raise ValueError("the studio needs the extra 'studio': run `pip install '.[studio]'` in the checkout")
     from prompt_diffusion.settings import load_settings
-    from prompt_diffusion.studio.serve import serve
+    from prompt_diffusion.studio.serve import choose_password, serve
 
-    if host not in LOCAL_HOSTS:
+    settings = load_settings()
+    password, is_drawn = choose_password(settings, host)
+    if is_drawn:
         print(
-            f"prompt-diffusion: listening on {host}: everybody who can reach this machine can use the page, which asks for "
-            "no password",
+            f"prompt-diffusion: listening on {host}: the page asks for a password (any user name), this time {password}; "
+            "PROMPT_DIFFUSION_STUDIO_PASSWORD sets one that stays",
             file=sys.stderr,
+            flush=True,
         )
     serve(
-        load_settings(),
+        settings,
         model,
         host,
         port,
         device,
+        password,
         lambda address: print(f"studio: {address} (Ctrl-C ends it)", flush=True),
     )

@@ -1,13 +1,19 @@
 """Training from the command line: run it, or print beforehand what it would cost."""
 
 import os
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prompt_diffusion.cli.shared import OverridesOption, PresetOption, StoreOption, parse_overrides, say_errors
+from prompt_diffusion.cli.shared import (
+    OverridesOption,
+    PresetOption,
+    StoreOption,
+    need_flows,
+    parse_overrides,
+    say_errors,
+)
 
 if TYPE_CHECKING:
     from prompt_diffusion.presets import RunConfig
@@ -30,12 +36,13 @@ def train(
     Example: prompt-diffusion train --preset paper --set train.batch_size=256 --dry-run
     """
     changes = parse_overrides(overrides or [])
-    # the flows are a layer above the library: imported by name, and only here
-    embedded = import_module("flows.embedded")
+    with need_flows():
+        from flows.embedded import find_train_identity, train_here
+
     if not dry_run:
         # waiting threads sleep instead of spinning, which costs far more on a shared machine
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        print(f"model: {embedded.train_here(preset, changes, store, Path('outputs/prefect')).uri}")
+        print(f"model: {train_here(preset, changes, store, Path('outputs/prefect')).uri}")
         return
     from prompt_diffusion.presets import build_preset
     from prompt_diffusion.training.forecast import forecast_training
@@ -44,7 +51,7 @@ def train(
     forecast = forecast_training(config.train, config.resources.train, config.ingest.image_size)
     _print_recipe(config)
     try:
-        print(f"fingerprint: {embedded.find_train_identity(preset, changes, store).fingerprint}")
+        print(f"fingerprint: {find_train_identity(preset, changes, store).fingerprint}")
     except (ValueError, OSError) as error:  # the stages before are not sealed, or cannot be found from here
         print(f"fingerprint: known once the stages before are sealed ({error})")
     _print_forecast(config, forecast, teraflops)

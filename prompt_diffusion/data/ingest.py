@@ -24,7 +24,7 @@ from prompt_diffusion.store.stage import Context, ShardedStage
 
 logger = logging.getLogger(__name__)
 
-STAGE, VERSION = "ingest", 3
+STAGE, VERSION = "ingest", 4
 
 SourceConfig = Annotated[
     ScenesConfig | PhotosConfig | ImageFolderConfig | InstructPix2PixConfig, Field(discriminator="kind")
@@ -59,7 +59,7 @@ class IngestConfig(FrozenModel):
     """The training resolution in pixels: a centre square, resized once by Lanczos."""
     split_fractions: tuple[float, float, float] = (0.90, 0.05, 0.05)
     """Train, validation and test: shares of the prompt groups, in source order."""
-    shard_rows: int = Field(default=256, ge=1)
+    shard_rows: int = Field(default=256, ge=1, le=1_000_000)
     """Samples a shard. It shapes the files, so it belongs to their identity."""
     reject_budget: float = Field(default=0.01, ge=0.0, le=1.0)
     """The share of samples that may be rejected before the stage fails. Not part of the identity."""
@@ -131,21 +131,15 @@ class Ingest(ShardedStage[None]):
     def open_maker(self, context: Context[None]) -> Iterator[MakeShard]:
         """Give what reads a shard's samples."""
         keys, rows = self.keys, self.config.shard_rows
-        repeated = _find_repeated(keys)
         logger.info(
             "ingest of %d samples from %s into %s", len(keys), self.config.source.kind, self.identity.uri(context.store)
         )
 
         def make_shard(index: int) -> ShardRows:
             places = range(index * rows, min((index + 1) * rows, len(keys)))
-            found = self.source.read([keys[place] for place in places if place not in repeated])
             pairs: list[ImagePair] = []
-            rejects = [
-                Reject(sample_id=keys[place].sample_id, reason="it is listed twice")
-                for place in places
-                if place in repeated
-            ]
-            for item in found:
+            rejects: list[Reject] = []
+            for item in self.source.read([keys[place] for place in places]):
                 if isinstance(item, Reject):
                     rejects.append(item)
                 else:
@@ -160,20 +154,44 @@ def assign_splits(keys: Sequence[SampleKey], fractions: tuple[float, float, floa
     """Return the keys with their splits: whole prompt groups, in the order in which they first appear, not shuffled.
 
     The first floor(train * G) of G groups are for training, those up to floor((train + validation) * G) for validation.
+    Where the source publishes splits, those stand, and its training groups give what is not published. ValueError where a
+    group stands in two of them, or none is for training.
     """
-    groups = {key.group_id: None for key in keys}
+    published = _find_published(keys)
+    shares = {
+        name: share
+        for name, share in zip(SPLITS, fractions, strict=True)
+        if name == "train" or name not in published.values()
+    }
+    total = sum(shares.values()) if len(shares) < len(SPLITS) else 1.0
+    names = list(shares)
+    # What is published for validation or test stays there; the rest is divided among the splits that nothing is published for.
+    groups = {key.group_id: None for key in keys if published.get(key.group_id, "train") == "train"}
+    if not groups and keys:
+        raise ValueError(
+            f"no sample is published for training, only for {' and '.join(sorted(set(published.values())))}: "
+            "set ingest.source.published_splits to 'ignore' to split them anew"
+        )
     # The addend keeps 0.9 * 10 at 9 where binary fractions fall short of it.
-    ends = [math.floor(sum(fractions[: place + 1]) * len(groups) + 1e-9) for place in range(2)]
-    splits: dict[str, Split] = {group: SPLITS[sum(place >= end for end in ends)] for place, group in enumerate(groups)}
-    return [replace(key, split=splits[key.group_id]) for key in keys]
+    ends = [
+        math.floor(sum(list(shares.values())[: place + 1]) / (total or 1.0) * len(groups) + 1e-9)
+        for place in range(len(names) - 1)
+    ]
+    splits = {group: names[sum(place >= end for end in ends)] for place, group in enumerate(groups)}
+    return [replace(key, split=splits.get(key.group_id) or published[key.group_id]) for key in keys]
 
 
-def _find_repeated(keys: Sequence[SampleKey]) -> frozenset[int]:
-    """Return the places of the keys whose sample_id an earlier key has."""
-    seen: set[str] = set()
-    repeated = set()
-    for place, key in enumerate(keys):
-        if key.sample_id in seen:
-            repeated.add(place)
-        seen.add(key.sample_id)
-    return frozenset(repeated)
+def _find_published(keys: Sequence[SampleKey]) -> dict[str, Split]:
+    """Return the published split of each prompt group that has one; ValueError for a group that stands in two."""
+    published: dict[str, Split] = {}
+    for key in keys:
+        if key.published is None or key.reject:
+            continue
+        first = published.setdefault(key.group_id, key.published)
+        if first != key.published:
+            raise ValueError(
+                f"prompt group {key.group_id!r} stands in two published splits, {first} and {key.published}, so that the "
+                "model would be tested on what it was trained on: correct the source, or set ingest.source.published_splits to "
+                "'ignore' to split all groups anew"
+            )
+    return published

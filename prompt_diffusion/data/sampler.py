@@ -4,8 +4,10 @@ Every random decision of a training sample is drawn from a counter-based generat
 the same after a restart, for any number of processes and for any micro-batch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +71,70 @@ def _order_rows(seed: int, epoch: int, shard_rows: tuple[int, ...]) -> NDArray[n
         rows = np.concatenate([np.arange(starts[shard], starts[shard + 1]) for shard in shards])
         parts.append(rows[generator.permutation(len(rows))])
     return np.concatenate(parts)
+
+
+class Order(Protocol):
+    """The order in which a training visits its rows."""
+
+    def row_at(self, index: int) -> int:
+        """Return the row of a sample index."""
+
+    def find_window(self, index: int) -> tuple[int, int]:
+        """Return the epoch and the number of the window that a sample index falls into."""
+
+    def windows(self, epoch: int) -> list[list[int]]:
+        """Return the shards of each window of an epoch, in the order in which they are visited."""
+
+
+class GroupOrder:
+    """The published order: each epoch visits every prompt group once, by one of its rows, drawn uniformly.
+
+    A group of four pairs counts as one of a single pair. The rows that an epoch draws are visited as RowOrder visits all.
+    """
+
+    def __init__(self, seed: int, shard_rows: tuple[int, ...], group_ids: Sequence[str]) -> None:
+        """Take the rows of each shard and the prompt group of each row, rows numbered through in the order of the store."""
+        assert len(group_ids) == sum(shard_rows), "every row has a prompt group"
+        self.seed, self.shard_rows = seed, shard_rows
+        numbers: dict[str, int] = {}
+        groups = np.array([numbers.setdefault(group, len(numbers)) for group in group_ids], np.int64)
+        self.num_groups = len(numbers)
+        """Samples of an epoch."""
+        # The rows sorted by group, and where each group begins among them: a draw of all groups is then one addition.
+        self._rows = np.argsort(groups, kind="stable")
+        self._sizes = np.bincount(groups)
+        self._starts = np.cumsum(self._sizes) - self._sizes
+        self._shard_ends = np.cumsum(shard_rows)
+        self._drawn: dict[int, tuple[NDArray[np.int64], RowOrder]] = {}
+
+    def row_at(self, index: int) -> int:
+        """Return the row of a sample index."""
+        rows, order = self._draw(index // self.num_groups)
+        return int(rows[order.row_at(index)])
+
+    def find_window(self, index: int) -> tuple[int, int]:
+        """Return the epoch and the number of the window that a sample index falls into."""
+        return self._draw(index // self.num_groups)[1].find_window(index)
+
+    def windows(self, epoch: int) -> list[list[int]]:
+        """Return the shards of each window of an epoch, in the order in which they are visited."""
+        return self._draw(epoch)[1].windows(epoch)
+
+    def _draw(self, epoch: int) -> tuple[NDArray[np.int64], RowOrder]:
+        """Return an epoch's row of each group, in the order of the store, and the order in which they are visited."""
+        drawn = self._drawn.get(epoch)
+        if drawn is None:
+            picks = sample_generator(self.seed, epoch, stream=3).integers(self._sizes)
+            rows = np.sort(self._rows[self._starts + picks])
+            in_shards = np.bincount(
+                np.searchsorted(self._shard_ends, rows, side="right"), minlength=len(self.shard_rows)
+            )
+            drawn = rows, RowOrder(self.seed, tuple(in_shards.tolist()))
+            # Two epochs are in use where one ends: older ones are dropped. Threads that race draw the same.
+            self._drawn = {other: kept for other, kept in self._drawn.items() if abs(other - epoch) <= 1} | {
+                epoch: drawn
+            }
+        return drawn
 
 
 def split_batch(step: int, batch_size: int, rank: int, world_size: int) -> range:

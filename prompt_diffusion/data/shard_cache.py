@@ -2,11 +2,14 @@
 
 A shard is fetched whole and checked against its digest, its images are decoded, and each column becomes one file of rows of
 equal size. After that a sample costs no decoding and no request: a row is read by its position, through the machine's page
-cache, which all processes share. Entries are named by the shard's own digest; one that exists is whole.
+cache, which all processes share. Entries are named by the shard's own digest. All of it may be deleted at any time, in whole or
+in part: an entry is checked when a process first opens it, and one that is not as it was written is made anew.
 """
 
 import fcntl
+import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -24,12 +27,21 @@ from numpy.typing import NDArray
 from prompt_diffusion.data.records import IMAGE_TYPE, read_array
 from prompt_diffusion.data.transforms import Pixels, decode_image
 from prompt_diffusion.settings import load_settings
+from prompt_diffusion.store.digest import digest_file
+from prompt_diffusion.store.fingerprint import compute_digest
 from prompt_diffusion.store.manifest import Manifest
+
+logger = logging.getLogger(__name__)
 
 Array = NDArray[Any]
 
 _LAYOUT_FILE = "layout.json"
 _TOUCH_SECONDS = 60.0
+_MAX_TRIES = 20
+
+
+class _BrokenEntryError(Exception):
+    """An entry is there and is not what was written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +52,7 @@ class _Column:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     row_bytes: int
+    rows: int
 
 
 @dataclass(slots=True)
@@ -65,24 +78,26 @@ class ShardCache:
         It is read into ``out``, a contiguous array, where that has the row's shape and type: then ``out`` is returned.
         Fetches the shard first where it is not cached; DamagedDataError where it is not what was sealed.
         """
-        while True:
+        for _ in range(_MAX_TRIES):
             entry = self._find(manifest, shard)
             found = _find_column(entry, column, manifest)
+            if not 0 <= row < found.rows:
+                raise IndexError(f"{manifest.shards[shard].path} of {manifest.ref.uri} has no row {row}")
             values = out
             if values is None or (values.shape, values.dtype) != (found.shape, found.dtype):
                 values = np.empty(found.shape, found.dtype)
             try:
-                handle = os.open(found.file, os.O_RDONLY)
-            except FileNotFoundError:  # another process made room just now
-                self._entries.pop(manifest.shards[shard].sha256, None)
-                continue
-            try:
-                size = os.preadv(handle, [values.data], row * found.row_bytes)
-            finally:
-                os.close(handle)
-            if size != found.row_bytes:
-                raise IndexError(f"{manifest.shards[shard].path} of {manifest.ref.uri} has no row {row}")
-            return values
+                size = _read_into(values, found, row)
+            except (
+                FileNotFoundError,
+                NotADirectoryError,
+                IsADirectoryError,
+            ):  # another made room, or it was deleted by hand
+                size = 0
+            if size == found.row_bytes:
+                return values
+            self._entries.pop(manifest.shards[shard].sha256, None)  # gone, or cut short, since it was opened
+        raise self._give_up(manifest, shard)
 
     def fetch(self, manifest: Manifest, shard: int) -> None:
         """Make sure that a shard is cached; ahead of its use, from another thread."""
@@ -103,14 +118,21 @@ class ShardCache:
 
     def _load(self, manifest: Manifest, shard: int) -> dict[str, _Column]:
         place = self.folder / manifest.shards[shard].sha256
-        while True:
+        for _ in range(_MAX_TRIES):
             try:
                 _touch(place)
                 return _read_layout(place)
-            except FileNotFoundError:  # not cached yet, or another process made room just now
+            except (FileNotFoundError, _BrokenEntryError):  # not cached yet, deleted just now, or not whole
                 with self._hold(place.name):  # one process fetches, the others wait
-                    if not place.is_dir():
+                    if not _is_whole(place):
                         self._fill(place, manifest, shard)
+        raise self._give_up(manifest, shard)
+
+    def _give_up(self, manifest: Manifest, shard: int) -> OSError:
+        return OSError(
+            f"the shard cache {self.folder} loses {manifest.shards[shard].path} of {manifest.ref.uri} once it is written: "
+            "something else deletes or alters it, or cache_bytes is too small for all who share it"
+        )
 
     def _fill(self, place: Path, manifest: Manifest, shard: int) -> None:
         columns = _decode_columns(manifest.read_shard(manifest.shards[shard]))
@@ -119,13 +141,17 @@ class ShardCache:
         try:
             partial.mkdir()
             layout = {}
-            for name, values in columns.items():
-                with (partial / name).open("wb") as file:
-                    values.tofile(file)
-                    os.fsync(file.fileno())  # on the disk before it gets its name: nothing checks it later
-                layout[name] = {"shape": values.shape[1:], "dtype": values.dtype.str}
-            (partial / _LAYOUT_FILE).write_text(json.dumps(layout))
+            for number, (name, values) in enumerate(columns.items()):
+                file = f"column-{number:03d}"  # not by its name, which may be anything
+                digest = _write_file(partial / file, np.ascontiguousarray(values).data.cast("B"))
+                layout[name] = {"file": file, "shape": values.shape, "dtype": values.dtype.str, "sha256": digest}
+            content = json.dumps({"columns": layout})
+            sealed = json.dumps({"content": content, "digest": compute_digest(content.encode())})
+            _write_file(partial / _LAYOUT_FILE, memoryview(sealed.encode()))  # last: what it lists is on the disk
+            _sync_folder(partial)
+            _remove(place)  # what is left of a broken one
             os.replace(partial, place)
+            _sync_folder(self.folder)
         except OSError as error:
             way_out = "give another cache_dir, or less cache_bytes"
             message = f"the shard cache {self.folder} cannot be written ({error.strerror}): {way_out}"
@@ -180,12 +206,66 @@ def _decode_images(column: pa.ChunkedArray) -> Pixels:
 
 
 def _read_layout(place: Path) -> dict[str, _Column]:
-    layout: Mapping[str, dict[str, Any]] = json.loads((place / _LAYOUT_FILE).read_text())
-    columns = {}
-    for name, content in layout.items():
-        shape, dtype = tuple(content["shape"]), np.dtype(content["dtype"])
-        columns[name] = _Column(str(place / name), shape, dtype, dtype.itemsize * int(np.prod(shape)))
+    """Return where the columns lie, the bytes of all checked; FileNotFoundError where there is no entry at all.
+
+    _BrokenEntryError where anything of it is missing or not as it was written.
+    """
+    try:
+        sealed = json.loads((place / _LAYOUT_FILE).read_text())
+        if compute_digest(sealed["content"].encode()) != sealed["digest"]:
+            raise _BrokenEntryError(f"{_LAYOUT_FILE} was altered")
+        layout: Mapping[str, dict[str, Any]] = json.loads(sealed["content"])["columns"]
+        columns = {}
+        for name, content in layout.items():
+            file, (rows, *shape), dtype = place / content["file"], content["shape"], np.dtype(content["dtype"])
+            if digest_file(file) != content["sha256"]:
+                raise _BrokenEntryError(f"the column {name} is not as it was written")
+            row_bytes = dtype.itemsize * int(np.prod(shape))
+            columns[name] = _Column(str(file), tuple(shape), dtype, row_bytes, rows)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not place.exists():
+            raise FileNotFoundError(place) from error
+        raise _BrokenEntryError(f"{type(error).__name__}: {error}") from error
     return columns
+
+
+def _is_whole(place: Path) -> bool:
+    """Say whether an entry is there and as it was written; what is broken is logged."""
+    try:
+        _read_layout(place)
+    except FileNotFoundError:
+        return False
+    except _BrokenEntryError as error:
+        logger.warning("the shard cache's %s cannot be used (%s): made anew", place, error)
+        return False
+    return True
+
+
+def _write_file(path: Path, content: memoryview) -> str:
+    """Write a file, on the disk when this returns; return its sha256."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(content).hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _read_into(values: Array, column: _Column, row: int) -> int:
+    """Read one row of a column; return how many bytes there were of it."""
+    handle = os.open(column.file, os.O_RDONLY)
+    try:
+        return os.preadv(handle, [values.data], row * column.row_bytes)
+    finally:
+        os.close(handle)
 
 
 def _find_column(entry: _Entry, name: str, manifest: Manifest) -> _Column:
@@ -204,4 +284,7 @@ def _remove(place: Path) -> None:
     doomed = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
     with suppress(FileNotFoundError):
         os.replace(place, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    if doomed.is_dir():
+        shutil.rmtree(doomed, ignore_errors=True)
+    else:  # a file in its place, or nothing
+        doomed.unlink(missing_ok=True)

@@ -1,47 +1,67 @@
 """Pixels in and out: any image file to uint8 RGB, one Lanczos resize, and the value range that the models see."""
 
 import io
-import struct
-import zlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
+
+from prompt_diffusion.image_files import MAX_PIXELS, check_format, open_image
 
 if TYPE_CHECKING:
     import torch
 
 Pixels = NDArray[np.uint8]
 
-MAX_PIXELS = 64 * 1024 * 1024
+WHITE_16_BIT = 65535
+"""The 16-bit grey value that is white, as PNG and TIFF mean it."""
+_ORIENTATION = ExifTags.Base.Orientation
 _SAME_SHAPE = 1.02  # the most that two aspects may differ in a pair
-# What Pillow's decoders raise on damaged data, beside OSError: each format's parser has its own way to stumble.
-_DECODER_ERRORS = (
-    OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, OverflowError, AttributeError, MemoryError,
-    struct.error, zlib.error, Image.DecompressionBombError,
-)  # fmt: skip
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-def decode_image(data: bytes) -> Pixels:
-    """Decode an image file to uint8 RGB (H, W, 3), turned as its EXIF says, alpha over white, 16 bit scaled to 8.
+def decode_image(data: bytes, white: int = WHITE_16_BIT) -> Pixels:
+    """Decode an image file to uint8 RGB (H, W, 3), turned as its EXIF says, alpha over white, 16-bit grey scaled to 8.
 
-    ValueError, in one sentence, for what is empty, damaged, truncated, animated or larger than 64 megapixels.
+    ``white`` is the 16-bit grey value that becomes 255, as does all above it. ValueError, in one sentence, for what is
+    empty, damaged, truncated, animated, larger than 64 megapixels, or of a format that is not taken (``IMAGE_FORMATS``).
     """
     if not data:
         raise ValueError("the image is empty")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             _check_header(image)
             image.load()
-            return normalise_image(image)
+            return normalise_image(image, white)
     except _RefusedImageError:
         raise
-    except _DECODER_ERRORS as error:
+    except Exception as error:  # each format's parser stumbles in its own way: no list of types is complete
         reason = " ".join(str(error).split()) or type(error).__name__
         # Pillow names the buffer's address, which would differ from run to run.
         reason = "not an image file" if "cannot identify" in reason else reason
         raise ValueError(f"the image cannot be decoded: {reason}") from error
+
+
+def read_image_file(path: Path) -> bytes:
+    """Return the bytes of a file, not yet decoded; ValueError, in one sentence, where there is no file that can be read."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not an image file")
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"there is no image file {path}") from None
+    except OSError as error:
+        raise ValueError(f"the image file {path} cannot be read: {error.strerror}") from error
 
 
 class _RefusedImageError(ValueError):
@@ -58,16 +78,17 @@ def _check_header(image: Image.Image) -> None:
         raise _RefusedImageError(f"the image is animated or has pages: {getattr(image, 'n_frames', 1)} frames")
 
 
-def normalise_image(image: Image.Image) -> Pixels:
+def normalise_image(image: Image.Image, white: int = WHITE_16_BIT) -> Pixels:
     """Return any Pillow mode as uint8 RGB (H, W, 3), as ``decode_image`` says; ValueError for pixels of an unknown range."""
-    image = ImageOps.exif_transpose(image)
+    check_format(image)
+    image = _turn_upright(image)
     if image.mode == "F":
         raise _RefusedImageError("the image has floating-point pixels, whose range is not known")
     if image.mode.startswith("I"):  # 16-bit grey; Pillow would clip instead of scaling
         wide = np.asarray(image).astype(np.int64)
         if wide.size and (wide.min() < 0 or wide.max() > 65535):
             raise _RefusedImageError(f"the image has grey values from {wide.min()} to {wide.max()}, beyond 16 bit")
-        grey = ((wide + 128) // 257).astype(np.uint8)
+        grey = ((np.minimum(wide, white) * 255 + white // 2) // white).astype(np.uint8)
         if "transparency" in image.info:
             grey[wide == image.info["transparency"]] = 255
         return np.repeat(grey[:, :, None], 3, axis=2)
@@ -75,6 +96,19 @@ def normalise_image(image: Image.Image) -> Pixels:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer)
     return np.array(image.convert("RGB"), dtype=np.uint8)
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    """Return the image turned as its EXIF says; as it is where nothing there can be read.
+
+    Pillow's own function writes the EXIF anew without the orientation, and stumbles over entries that do not concern it.
+    """
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged EXIF in an intact picture: its parser stumbles in as many ways as the formats'
+        return image
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
 
 
 def encode_png(image: Pixels) -> bytes:

@@ -1,10 +1,9 @@
 """Checkpoints: safetensors and JSON, complete or absent, so that the same command resumes where it stopped.
 
 A checkpoint is a folder ``checkpoints/step-00000500/`` whose ``state.json`` is written last and holds the digests of the
-other files: without it, or with a digest that does not match, the folder is ignored.
+other files and its own: without it, or with a digest that does not match, the folder is ignored.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -15,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +25,8 @@ from torch.optim import Optimizer
 from prompt_diffusion.engine.config import OptimizerConfig
 from prompt_diffusion.engine.optimizer import estimate_state_bytes
 from prompt_diffusion.store import storage
+from prompt_diffusion.store.digest import digest_file
+from prompt_diffusion.store.fingerprint import compute_digest
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ WEIGHTS_FILE, OPTIMIZER_FILE, EMA_FILE = "weights.safetensors", "optimizer.safet
 _EARLIER_EMA_FILE = "averages.safetensors"
 """The name of ``EMA_FILE`` in earlier checkpoints, which can still be resumed."""
 _STATE_FILE = "state.json"
+_STATE_DIGEST = "sha256"
 _PREFIX = "step-"
 _NEWEST_KEPT = 2
 _ROOM_FOR_CHECKPOINTS = 3
@@ -142,7 +144,7 @@ def write_checkpoint(folder: str, files: Mapping[str, Mapping[str, Tensor]], sta
     digests = {
         file: _write_tensors(storage.join_uri(target, file), tensors) for file, tensors in files.items() if tensors
     }
-    storage.write_bytes(storage.join_uri(target, _STATE_FILE), json.dumps({**vars(state), "digests": digests}).encode())
+    storage.write_bytes(storage.join_uri(target, _STATE_FILE), _encode_state({**vars(state), "digests": digests}))
 
 
 def delete_checkpoints(folder: str, state: TrainState, num_steps: int, num_spaced: int) -> None:
@@ -166,18 +168,45 @@ def restore_checkpoint(
     """Load the newest whole checkpoint into the tensors and optimizers; a fresh ``TrainState`` where there is none."""
     for name in reversed(list_checkpoints(folder)):
         uri = storage.join_uri(folder, name)
-        state = json.loads(storage.read_bytes(storage.join_uri(uri, _STATE_FILE)))
-        digests = state.pop("digests")
-        with _fetch(uri, digests) as files:
-            damaged = [file for file, path in files.items() if _compute_digest(path) != digests[file]]
-            if damaged:
-                logger.warning("checkpoint %s is damaged (%s): using the one before it", uri, ", ".join(damaged))
-                continue
-            _load_into(parameters, files[WEIGHTS_FILE], uri)
-            _load_into(ema, files.get(EMA_FILE, files.get(_EARLIER_EMA_FILE)), uri)
-            restore_optimizers(optimizers, dict(_read_tensors(files.get(OPTIMIZER_FILE))))
-        return TrainState(**state)
+        try:
+            state, digests = _parse_state(storage.read_bytes(storage.join_uri(uri, _STATE_FILE)), name)
+            with _fetch(uri, digests) as files:
+                damaged = [file for file, path in files.items() if digest_file(path) != digests[file]]
+                if damaged:
+                    raise _DamagedCheckpointError(f"{', '.join(damaged)} changed")
+                _load_into(parameters, files[WEIGHTS_FILE], uri)
+                _load_into(ema, files.get(EMA_FILE, files.get(_EARLIER_EMA_FILE)), uri)
+                restore_optimizers(optimizers, dict(_read_tensors(files.get(OPTIMIZER_FILE))))
+        except (_DamagedCheckpointError, FileNotFoundError) as error:
+            logger.warning("checkpoint %s is damaged (%s): using the one before it", uri, error)
+            continue
+        return state
     return TrainState()
+
+
+class _DamagedCheckpointError(Exception):
+    """A checkpoint is not what was written; the message says what of it."""
+
+
+def _encode_state(state: Mapping[str, Any]) -> bytes:
+    """Return the text of ``state.json``: the state, and the digest of its own text."""
+    return json.dumps({**state, _STATE_DIGEST: compute_digest(json.dumps(state).encode())}).encode()
+
+
+def _parse_state(content: bytes, name: str) -> tuple[TrainState, dict[str, str]]:
+    """Return what ``state.json`` of the checkpoint of that name says, and the digests of the other files."""
+    try:
+        fields = json.loads(content)
+        digest = fields.pop(_STATE_DIGEST, None)  # earlier checkpoints have none
+        if digest is not None and digest != compute_digest(json.dumps(fields).encode()):
+            raise _DamagedCheckpointError(f"{_STATE_FILE} changed")
+        digests: dict[str, str] = fields.pop("digests")
+        state = TrainState(**fields)
+        if _name_checkpoint(state.step) != name:
+            raise _DamagedCheckpointError(f"{_STATE_FILE} is that of step {state.step}")
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise _DamagedCheckpointError(f"{_STATE_FILE} cannot be read") from error
+    return state, digests
 
 
 def _name_checkpoint(step: int) -> str:
@@ -200,7 +229,7 @@ def _write_tensors(uri: str, tensors: Mapping[str, Tensor]) -> str:
         raise OSError(f"cannot write {uri}: {error}") from error
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return _compute_digest(path)
+    return digest_file(path)
 
 
 @contextmanager
@@ -215,11 +244,6 @@ def _fetch(uri: str, names: Collection[str]) -> Iterator[dict[str, Path]]:
             with storage.open_input(storage.join_uri(uri, name)) as source, Path(scratch, name).open("wb") as copy:
                 shutil.copyfileobj(source, copy, 1 << 24)
         yield {name: Path(scratch, name) for name in names}
-
-
-def _compute_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_tensors(path: Path | None) -> Iterator[tuple[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
@@ -29,12 +29,20 @@ logger = logging.getLogger(__name__)
 class CheckpointWriter:
     """Writes the checkpoints of one run below ``folder`` (a URI), one at a time, and deletes those that are not kept.
 
+    ``check_owner`` raises where another run has taken the folder over: then nothing is written or deleted any more.
     An error of the writing thread is raised by the next ``save`` or ``wait``; where another exception ends the block, it is
     logged. Leaving the block waits for the last checkpoint.
     """
 
-    def __init__(self, folder: str, num_steps: int, resources: TrainResources) -> None:
+    def __init__(
+        self,
+        folder: str,
+        num_steps: int,
+        resources: TrainResources,
+        check_owner: Callable[[], None] | None = None,
+    ) -> None:
         self.folder, self.num_steps, self.resources = folder, num_steps, resources
+        self._check_owner = check_owner
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         self._host_copies: dict[str, dict[str, Tensor]] = {}
@@ -88,7 +96,11 @@ class CheckpointWriter:
             pending.result()
 
     def _write(self, state: TrainState) -> None:
+        if self._check_owner is not None:
+            self._check_owner()
         write_checkpoint(self.folder, self._host_copies, state)
+        if self._check_owner is not None:
+            self._check_owner()
         delete_checkpoints(self.folder, state, self.num_steps, self.resources.spaced_checkpoints)
 
 

@@ -108,11 +108,15 @@ SINGLE_PROCESS = World()
 
 
 @contextmanager
-def join_world(device: str, threads: int) -> Iterator[World]:
-    """Join the process group that torchrun's environment variables describe; without them, be the only process."""
+def join_world(device: str, threads: int, *, is_alone: bool = False) -> Iterator[World]:
+    """Join the process group that torchrun's environment variables describe; without them, be the only process.
+
+    ``is_alone`` says that this training has one process: such variables, left by a batch system, then count for nothing.
+    """
     torch.set_num_threads(threads)
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    environment = {} if is_alone else os.environ
+    size, rank = int(environment.get("WORLD_SIZE", "1")), int(environment.get("RANK", "0"))
+    chosen = choose_device(device, int(environment.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if size > 1:

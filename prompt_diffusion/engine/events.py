@@ -12,7 +12,7 @@ from prompt_diffusion.store.records import ManifestRef, Progress
 
 class _BaseEvent(FrozenModel, Progress):
     # a diverging run reports losses and norms that are NaN or infinite: they have to survive the way through JSON
-    model_config = ConfigDict(ser_json_inf_nan="constants")
+    model_config = ConfigDict(ser_json_inf_nan="constants", allow_inf_nan=True)  # a loss may be NaN, and is told
 
 
 class LaunchEvent(_BaseEvent):

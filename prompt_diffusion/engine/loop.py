@@ -68,7 +68,7 @@ def run_loop(
     with (
         _catch_signals(world.stop_requested) as stop_requested,
         Prefetcher(objective.prepare, steps, plan.batch_size, world, size, resources.loader_threads) as batches,
-        CheckpointWriter(plan.checkpoints, plan.num_steps, resources) as writer,
+        CheckpointWriter(plan.checkpoints, plan.num_steps, resources, plan.check_owner) as writer,
         profile_steps(plan.checkpoints, state.step, resources, world) as advance_profiler,
     ):
         validation.run_if_due(parameters, ema)  # where the last attempt was stopped right before it

@@ -39,3 +39,5 @@ class LoopPlan:
     optimizer: OptimizerConfig
     checkpoints: str
     """URI of the checkpoint folder."""
+    check_owner: Callable[[], None] | None = None
+    """Raises where another run has taken the folder over; called before anything is written or deleted there."""

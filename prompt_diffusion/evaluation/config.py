@@ -30,9 +30,9 @@ class EvaluateConfig(FrozenModel):
     """Queries of the in-context test; each is generated under three example pairs and under none."""
     seed: int = Field(default=0, ge=0)
     """Root of every image's own seed, and of the choice of its example."""
-    map_to_image_num_inference_steps: int = Field(default=100, ge=1)
+    map_to_image_num_inference_steps: int = Field(default=100, ge=1, le=1000)
     """Sampler steps of map-to-image vision tasks."""
-    image_to_map_num_inference_steps: int = Field(default=100, ge=1)
+    image_to_map_num_inference_steps: int = Field(default=100, ge=1, le=1000)
     """Sampler steps of image-to-map vision tasks. A map is all but determined by its image: the fewer the steps, the nearer
     the output to the model's mean, and the lower its RMSE."""
     map_to_image_guidance_scale: float = Field(default=9.0, ge=1.0)

@@ -5,7 +5,6 @@
 header says so. Both weight files are pinned by digest and refused where they differ.
 """
 
-import hashlib
 import logging
 import shutil
 import urllib.request
@@ -20,6 +19,7 @@ import numpy.typing as npt
 
 from prompt_diffusion.device import AUTO, choose_device
 from prompt_diffusion.evaluation.rmse import ImageArray
+from prompt_diffusion.store.digest import digest_file
 
 if TYPE_CHECKING:
     import torch
@@ -175,7 +175,6 @@ def _load_inception(folder: Path, device: str) -> FeatureExtractor:
 
 
 def _check_digest(path: Path, expected: str) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = digest_file(path)
     if found != expected:
         raise ValueError(f"the weights {path} have sha256 {found}, not the pinned {expected}: they are not used")

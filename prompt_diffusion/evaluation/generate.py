@@ -214,13 +214,16 @@ def _generate_batch(
     example_pair = None
     if config.example_policy is not None:
         example_pair = (_stack(samples, "example_source"), _stack(samples, "example_target"))
+    queries = _stack(samples, "query")
     output = pipeline(
         prompt=prompts,
         example_pair=example_pair,
-        query=_stack(samples, "query"),
+        query=queries,
         negative_prompt=config.negative_prompt,
         guidance_scale=config.guidance_scale,
         num_inference_steps=config.num_inference_steps,
+        height=queries.shape[1],
+        width=queries.shape[2],
         # On the CPU, so that a seed means the same noise on every device.
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         output_type="uint8",

@@ -36,7 +36,7 @@ class BenchmarkTable(FrozenModel):
     in_context: InContextResult
     """Which map comes out when the example pair alone decides."""
     seconds: dict[str, float]
-    """By stage, in the run that made this table; a stage that was sealed before costs its look-up only."""
+    """By stage, in the run that made this table: a sealed stage costs its look-up, a resumed one what was left of it."""
     provenance: dict[str, Any]
     """When, from which fingerprints, with which configurations and library versions."""
 
@@ -47,6 +47,13 @@ class BenchmarkTable(FrozenModel):
     def find_trivial(self, baseline: str, vision_task: str) -> TrivialResult | None:
         """Return the trivial baseline of a vision task, None if there is none."""
         return next((t for t in self.trivial if t.baseline == baseline and t.vision_task == vision_task), None)
+
+    @property
+    def training(self) -> str:
+        """The fingerprint of the joint model's training; empty where the table says none."""
+        fingerprints: dict[str, str] = self.provenance.get("fingerprints", {})
+        ours = (value for name, value in fingerprints.items() if name.startswith("model / Prompt Diffusion"))
+        return next(ours, "")
 
     @property
     def vision_tasks(self) -> list[str]:
@@ -140,8 +147,11 @@ def read_table(uri: str) -> BenchmarkTable:
     return BenchmarkTable.model_validate_json(open_manifest(uri).read_file(TABLE_FILE))
 
 
-def find_newest_table(store_root: str) -> BenchmarkTable:
-    """Return the table made last, by the time it says itself; ValueError where no benchmark is sealed."""
+def find_newest_table(store_root: str, training: str | None = None) -> BenchmarkTable:
+    """Return the table made last, by the time it says itself, or the last of a training, by the beginning of its fingerprint.
+
+    ValueError where no benchmark is sealed, and none of that training, which names the trainings that have one.
+    """
     root = join_uri(store_root, STAGE)
     folders = [
         path.removesuffix(f"/{MANIFEST_NAME}") for path in list_files(root) if path.endswith(f"/{MANIFEST_NAME}")
@@ -149,6 +159,13 @@ def find_newest_table(store_root: str) -> BenchmarkTable:
     if not folders:
         raise ValueError(f"there is no table in the store {store_root}: no benchmark is sealed there yet")
     tables = [read_table(join_uri(root, folder)) for folder in folders]
+    if training is not None:
+        trainings = sorted({table.training for table in tables})
+        tables = [table for table in tables if table.training.startswith(training)]
+        if not tables:
+            raise ValueError(
+                f"there is no table of training {training} in the store {store_root}: there are those of {', '.join(trainings)}"
+            )
     return max(tables, key=lambda table: datetime.fromisoformat(table.provenance["created"]))
 
 

@@ -4,18 +4,17 @@ One JSON object in the text chunk ``prompt-diffusion``: the request with every d
 file that went in, as ``sha256sum`` prints it. It names no path and no machine.
 """
 
-import io
 import json
 import struct
 import zlib
 from typing import Literal
 
-from PIL import Image
 from pydantic import ValidationError
 
 from prompt_diffusion.data.transforms import Pixels, decode_image, encode_png
-from prompt_diffusion.frozen import FrozenModel
-from prompt_diffusion.generation.request import GenerationRequest, say_first
+from prompt_diffusion.frozen import FrozenModel, say_first_error
+from prompt_diffusion.generation.request import GenerationRequest
+from prompt_diffusion.image_files import open_image
 
 SETTINGS_KEY = "prompt-diffusion"
 """The keyword of the text chunk."""
@@ -49,7 +48,7 @@ def encode_result(image: Pixels, record: GenerationRecord) -> bytes:
 def read_record(png: bytes) -> GenerationRecord:
     """Return what a PNG of ours carries; ValueError, in one sentence, where it carries nothing, or something else."""
     decode_image(png)  # a damaged file is refused as such
-    with Image.open(io.BytesIO(png)) as image:
+    with open_image(png) as image:
         image.load()
         text = getattr(image, "text", {}).get(SETTINGS_KEY)
     if text is None:
@@ -57,4 +56,4 @@ def read_record(png: bytes) -> GenerationRecord:
     try:
         return GenerationRecord.model_validate_json(text)
     except ValidationError as error:
-        raise ValueError(f"the settings in the image cannot be read: {say_first(error)}") from None
+        raise ValueError(f"the settings in the image cannot be read: {say_first_error(error)}") from None

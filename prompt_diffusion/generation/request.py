@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from prompt_diffusion.frozen import FrozenModel
+from prompt_diffusion.frozen import FrozenModel, say_first_error
 
 Mode = Literal["generate", "edit"]
 Scheduler = Literal["ddim", "dpm", "unipc"]
@@ -52,12 +52,4 @@ def build_request(fields: Mapping[str, Any]) -> GenerationRequest:
     try:
         return GenerationRequest.model_validate(dict(fields))
     except ValidationError as error:
-        raise ValueError(say_first(error)) from None
-
-
-def say_first(error: ValidationError) -> str:
-    """Return the first thing that is wrong, in one sentence."""
-    first = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{place}: {message}, got {str(first['input'])[:80]!r}" if place else message
+        raise ValueError(say_first_error(error)) from None

@@ -66,12 +66,14 @@ def run_request(
     size = request.size or pipeline.image_size
     steps = request.num_inference_steps or pipeline.default_num_inference_steps
     files = _name_files(query, examples)
-    shown, pairs = _read_images(files, len(examples), size)
+    shown, example_pairs = _read_images(files, len(examples), size)
     options: dict[str, Any] = {
-        "example_pair": pairs or None,
+        "example_pair": example_pairs or None,
         "negative_prompt": request.negative_prompt,
         "guidance_scale": request.guidance_scale,
         "num_inference_steps": steps,
+        "height": size,
+        "width": size,
         "controlnet_conditioning_scale": request.controlnet_conditioning_scale,
         "generator": torch.Generator().manual_seed(request.seed),
         "output_type": "uint8",
@@ -110,12 +112,12 @@ def _name_files(query: bytes, examples: ImageFiles) -> dict[str, bytes]:
 def _read_images(files: dict[str, bytes], num_examples: int, size: int) -> tuple[Pixels, list[tuple[Pixels, Pixels]]]:
     """Return the query and the example pairs as squares of that size."""
     decoded = {name: _read(name, data) for name, data in files.items()}
-    pairs = []
+    example_pairs = []
     for number in range(1, num_examples + 1):
         source, target = (decoded[f"example_{number}_{side}"] for side in ("source", "target"))
         check_pair_shape(source, target, f"example {number}")
-        pairs.append((resize_image(source, size), resize_image(target, size)))
-    return resize_image(decoded["query"], size), pairs
+        example_pairs.append((resize_image(source, size), resize_image(target, size)))
+    return resize_image(decoded["query"], size), example_pairs
 
 
 def _read(name: str, data: bytes) -> Pixels:

@@ -12,6 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from prompt_diffusion.model.references import base_folder
 from prompt_diffusion.model.text import encode_texts
+from prompt_diffusion.model.tokenizers import check_tokenizer, load_tokenizer
 
 _PARTS: dict[str, Any] = {
     "vae": AutoencoderKL,
@@ -68,11 +69,15 @@ def load_base(base: str) -> Base:
     for name, kind in _PARTS.items():
         weights = {"use_safetensors": True} if name in _NETWORKS else {}
         try:
-            parts[name] = kind.from_pretrained(folder / name, **weights)
+            is_tokenizer = name == "tokenizer"
+            parts[name] = (
+                load_tokenizer(folder / name) if is_tokenizer else kind.from_pretrained(folder / name, **weights)
+            )
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"base {base!r} has no {name} that can be loaded ({str(error).splitlines()[0]})"
             ) from error
+    check_tokenizer(parts["tokenizer"], parts["text_encoder"], f"base {base!r}")
     for name in _NETWORKS:
         parts[name] = parts[name].float().eval().requires_grad_(False)
     return Base(**parts)

@@ -20,30 +20,29 @@ class Conditions:
 
     queries: Tensor
     """N, 3, H, W."""
-    pairs: list[Tensor] | None
+    example_pairs: list[Tensor] | None
     """K tensors of N (or 1), 6, H, W: source, then target."""
 
     @property
-    def num_pairs(self) -> int:
+    def num_example_pairs(self) -> int:
         """Example pairs of the batch: 1 where they are shared."""
-        return max((len(pair) for pair in self.pairs or []), default=1)
+        return max((len(pair) for pair in self.example_pairs or []), default=1)
 
 
-def read_conditions(
-    query: Images, example_pair: ExamplePairs, height: int | None, width: int | None, stride: int
-) -> Conditions:
-    """Return queries and pairs of ``height`` x ``width`` pixels, or of the queries' own size.
+def read_conditions(query: Images, example_pair: ExamplePairs, height: int, width: int, stride: int) -> Conditions:
+    """Return queries and pairs of ``height`` x ``width`` pixels.
 
-    ValueError, in one sentence: no size in common, no multiple of ``stride``, a pair whose sides differ in size.
+    ValueError, in one sentence: a pair whose sides differ in size, a size that is no multiple of ``stride``.
     """
+    example_pairs = None if example_pair is None else [_read_pair(pair) for pair in list_example_pairs(example_pair)]
+    if example_pairs == []:
+        raise ValueError("there is no example pair in the list: give at least one, or None")
     queries = read_images(query, "query")
     if not queries:
         raise ValueError("query: there is no image in the list")
-    size = _choose_size(queries, height, width, stride)
-    pairs = None if example_pair is None else [_read_pair(pair, size) for pair in list_pairs(example_pair)]
-    if pairs == []:
-        raise ValueError("there is no example pair in the list: give at least one, or None")
-    return Conditions(stack_pictures([fit_picture(each, *size) for each in queries]), pairs)
+    _check_size(height, width, stride)
+    fitted = None if example_pairs is None else [_fit_pair(pair, height, width) for pair in example_pairs]
+    return Conditions(stack_pictures([fit_picture(each, height, width) for each in queries]), fitted)
 
 
 def count_batch(num_queries: int, given: Mapping[str, int]) -> int:
@@ -56,32 +55,26 @@ def count_batch(num_queries: int, given: Mapping[str, int]) -> int:
     return count
 
 
-def _choose_size(queries: list[Picture], height: int | None, width: int | None, stride: int) -> tuple[int, int]:
-    sizes = sorted({each.shape[:2] for each in queries})
-    if len(sizes) > 1 and (height is None or width is None):
-        listed = ", ".join(f"{rows} x {columns}" for rows, columns in sizes)
-        raise ValueError(f"queries of one batch must have one size, got {listed}: give height and width")
-    size = (height or sizes[0][0], width or sizes[0][1])
-    if size[0] < stride or size[1] < stride or size[0] % stride or size[1] % stride:
-        near = [max(stride, round(side / stride) * stride) for side in size]
+def _check_size(height: int, width: int, stride: int) -> None:
+    if height < stride or width < stride or height % stride or width % stride:
+        near = [max(stride, round(side / stride) * stride) for side in (height, width)]
         raise ValueError(
-            f"height and width must be multiples of {stride}, got {size[0]} x {size[1]}: "
-            f"give height={near[0]}, width={near[1]}"
+            f"height and width must be multiples of {stride}, got {height} x {width}: give height={near[0]}, width={near[1]}"
         )
-    return size
 
 
-def list_pairs(example_pair: ExamplePair | Sequence[ExamplePair]) -> list[ExamplePair]:
+def list_example_pairs(example_pair: ExamplePair | Sequence[ExamplePair]) -> list[ExamplePair]:
     """Return every pair alone; ValueError where one is no (source, target)."""
-    pairs = [example_pair] if isinstance(example_pair, tuple) else list(example_pair)
-    for pair in pairs:
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise ValueError("example_pair is (source, target), a list of such pairs, or None")
-    return [(pair[0], pair[1]) for pair in pairs]
+    example_pairs = [example_pair] if isinstance(example_pair, tuple) else example_pair
+    if not isinstance(example_pairs, list) or not all(
+        isinstance(pair, tuple | list) and len(pair) == 2 for pair in example_pairs
+    ):
+        raise ValueError("example_pair is (source, target), a list of such pairs, or None")
+    return [(pair[0], pair[1]) for pair in example_pairs]
 
 
-def _read_pair(pair: ExamplePair, size: tuple[int, int]) -> Tensor:
-    """Return N, 6, H, W."""
+def _read_pair(pair: ExamplePair) -> tuple[list[Picture], list[Picture]]:
+    """Return the sources and their targets."""
     sources, targets = read_images(pair[0], "example source"), read_images(pair[1], "example target")
     if len(sources) != len(targets) or not sources:
         raise ValueError(f"example pairs have as many sources as targets, got {len(sources)} and {len(targets)}")
@@ -91,5 +84,10 @@ def _read_pair(pair: ExamplePair, size: tuple[int, int]) -> Tensor:
                 f"example source and target must have one size, got {show_size(source)} and {show_size(target)} "
                 "(height x width): resize one of them"
             )
-    sides = (stack_pictures([fit_picture(each, *size) for each in side]) for side in (sources, targets))
+    return sources, targets
+
+
+def _fit_pair(pair: tuple[list[Picture], list[Picture]], height: int, width: int) -> Tensor:
+    """Return N, 6, H, W."""
+    sides = (stack_pictures([fit_picture(each, height, width) for each in side]) for side in pair)
     return torch.cat(list(sides), dim=1)

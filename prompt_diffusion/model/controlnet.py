@@ -116,8 +116,8 @@ class PromptDiffusionControlNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
             return features.contiguous()
         if example_pair is None:
             example_pair = query.new_zeros(query.shape[0], EXAMPLE_PAIR_CHANNELS, *query.shape[2:])
-        pairs = [example_pair] if isinstance(example_pair, Tensor) else example_pair
-        combined: Tensor = features + average_features([self.example_stem(pair) for pair in pairs])
+        example_pairs = [example_pair] if isinstance(example_pair, Tensor) else example_pair
+        combined: Tensor = features + average_features([self.example_stem(pair) for pair in example_pairs])
         return combined.contiguous()  # the trunk keeps its own layout, whatever the stems' is
 
     def forward(

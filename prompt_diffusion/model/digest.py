@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prompt_diffusion.store.digest import digest_file
 from prompt_diffusion.store.fingerprint import compute_digest, write_canonical_json
 
 _WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors", "*-of-*.safetensors")
@@ -37,12 +38,6 @@ def digest_parts(folder: Path, parts: Sequence[str]) -> str:
     """Return one digest of some folders below a model's folder; ValueError names the one that is missing or damaged."""
     lines = [f"{part} {_digest_part(folder / part)}" for part in sorted(parts)]
     return compute_digest("\n".join(lines).encode())
-
-
-def digest_file(path: Path) -> str:
-    """Return the SHA-256 of a file as 64 hex digits, without holding it in memory."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest_part(folder: Path) -> str:

@@ -1,6 +1,7 @@
 """Images into and out of the pipeline: any kind and mode in, one range inside, the kinds that diffusers knows out."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -9,13 +10,20 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from prompt_diffusion.data.transforms import Pixels, from_model_range, normalise_image, to_model_range
+from prompt_diffusion.data.transforms import (
+    Pixels,
+    decode_image,
+    from_model_range,
+    normalise_image,
+    read_image_file,
+    to_model_range,
+)
 
 Picture = NDArray[np.uint8] | NDArray[np.float32]
 """One RGB image as H, W, 3: uint8, or float32 in [0, 1]."""
-Images = Image.Image | NDArray[Any] | Tensor | list[Any] | tuple[Any, ...]
-"""One image or a batch: PIL of any mode; arrays of H, W or H, W, C or N, H, W, C (uint8, uint16, or floats in [0, 1]); tensors
-of C, H, W or N, C, H, W (the same types); a list of any. C is 1 (grey), 3, or 4 (alpha, laid over white)."""
+Images = Image.Image | NDArray[Any] | Tensor | str | Path | list[Any] | tuple[Any, ...]
+"""One image or a batch: PIL of any mode; the path of a file; arrays of H, W or H, W, C or N, H, W, C (uint8, uint16, or floats
+in [0, 1]); tensors of C, H, W or N, C, H, W (the same types); a list of any. C is 1 (grey), 3, or 4 (alpha, over white)."""
 OutputType = Literal["pil", "np", "pt", "uint8", "latent"]
 _CHANNELS = (1, 3, 4)
 
@@ -30,6 +38,8 @@ def read_images(images: Images, name: str) -> list[Picture]:
     """Return every image of a batch alone, as RGB; ``name`` says in a ValueError whose they are."""
     if isinstance(images, Image.Image):
         return [_read_image(images, name)]
+    if isinstance(images, str | Path):
+        return [_read_file(Path(images), name)]
     if isinstance(images, Tensor):
         batch = images if images.ndim == 4 else images[None]
         return [_read_tensor(image, name) for image in batch]
@@ -37,7 +47,9 @@ def read_images(images: Images, name: str) -> list[Picture]:
         is_batch = images.ndim == 4
         return [_read_array(image, name) for image in (images if is_batch else images[None])]
     if not isinstance(images, list | tuple):
-        raise ValueError(f"{name}: an image is PIL, an array, a tensor, or a list of them, got {type(images).__name__}")
+        raise ValueError(
+            f"{name}: an image is PIL, a path, an array, a tensor, or a list of them, got {type(images).__name__}"
+        )
     return [picture for image in images for picture in read_images(image, name)]
 
 
@@ -46,6 +58,13 @@ def _read_image(image: Image.Image, name: str) -> Picture:
         return normalise_image(image)
     except (ValueError, OSError) as error:  # a file that is read only now may be cut short
         raise ValueError(f"{name}: {error}") from error
+
+
+def _read_file(path: Path, name: str) -> Picture:
+    try:
+        return decode_image(read_image_file(path))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}" if str(path) in str(error) else f"{name}: {path}: {error}") from error
 
 
 def _read_tensor(image: Tensor, name: str) -> Picture:

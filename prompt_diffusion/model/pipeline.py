@@ -1,74 +1,160 @@
 """Inference: a diffusers pipeline that does to the query what the example pair shows."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.utils import BaseOutput
+from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
+from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from prompt_diffusion.model.conditions import Conditions, ExamplePairs, count_batch, read_conditions
-from prompt_diffusion.model.contract import PipelineContract
-from prompt_diffusion.model.controlnet import predict_noise
-from prompt_diffusion.model.editing import EditingMixin
+from prompt_diffusion.model.arguments import (
+    Generators,
+    check_callback,
+    check_count,
+    check_number,
+    check_sampler_options,
+    list_generators,
+)
+from prompt_diffusion.model.base import Base, compute_latent_stride
+from prompt_diffusion.model.conditions import ExamplePairs, count_batch, read_conditions
+from prompt_diffusion.model.controlnet import PromptDiffusionControlNet
+from prompt_diffusion.model.defaults import settle_defaults
+from prompt_diffusion.model.denoising import Start, StepEnd, check_latents, compute_features, denoise, draw_noise
+from prompt_diffusion.model.editing import edit_by_text
 from prompt_diffusion.model.images import Images, OutputType, check_output_type, write_images
-from prompt_diffusion.model.schedulers import check_scheduler, choose_step_options
-from prompt_diffusion.model.text import encode_texts, warn_of_cut_texts
-
-__all__ = ["Images", "OutputType", "PromptDiffusionOutput", "PromptDiffusionPipeline"]
-
-Texts = str | Sequence[str]
-Generators = torch.Generator | Sequence[torch.Generator] | None
-StepEnd = Callable[[Any, int, Tensor, dict[str, Any]], Mapping[str, Any] | None]
-"""(pipeline, step, timestep, tensors) -> the tensors that it changes."""
+from prompt_diffusion.model.outputs import EditingOutput, PromptDiffusionOutput
+from prompt_diffusion.model.schedulers import check_scheduler
+from prompt_diffusion.model.text import CallTexts, Texts, check_clip_skip, read_texts
 
 
-class PromptDiffusionOutput(BaseOutput):  # type: ignore[misc]
-    """What a call returns."""
-
-    images: Any
-    """PIL images (``pil``), float arrays N, H, W, 3 in [0, 1] (``np``), tensors N, 3, H, W in [0, 1] (``pt``), uint8 arrays
-    (``uint8``), or latents (``latent``)."""
-
-
-@dataclass(frozen=True)
-class _Denoising:
-    """What the denoising loop starts from."""
-
-    prompt_embeds: Tensor
-    """The unconditional branch's before the texts' where there is guidance."""
-    features: Tensor
-    """What the stems gave, one an image."""
-    noise: Tensor
-    generators: list[torch.Generator | None] | None
-    num_inference_steps: int
-    controlnet_conditioning_scale: float
-    eta: float
-
-
-class PromptDiffusionPipeline(EditingMixin, PipelineContract):
+class PromptDiffusionPipeline(
+    TextualInversionLoaderMixin,  # type: ignore[misc]
+    StableDiffusionLoraLoaderMixin,  # type: ignore[misc]
+    StableDiffusionMixin,  # type: ignore[misc]
+    DiffusionPipeline,  # type: ignore[misc]
+):
     """Prompt Diffusion by composition of diffusers' parts: one call turns a query into what its example pair shows.
 
     It keeps to what diffusers' own pipelines do: any scheduler (``pipeline.scheduler = UniPCMultistepScheduler.from_config(
-    pipeline.scheduler.config)``), offloading, slicing, saving and loading.
+    pipeline.scheduler.config)``), LoRA and textual inversion, offloading, slicing, saving and loading. ``docs/generation.md``
+    lists what it does not take.
     """
+
+    # as in diffusers' ControlNet pipelines, the ControlNet is not in the chain: it takes turns with the UNet every step
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+    _callback_tensor_inputs = ("latents", "prompt_embeds")
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        controlnet: PromptDiffusionControlNet,
+        scheduler: SchedulerMixin,
+        default_num_inference_steps: int | None = None,
+        default_guidance_scale: float | None = None,
+        default_image_size: int | None = None,
+    ) -> None:
+        """Compose a pipeline of its parts; a default that is None is the one that the ControlNet last worked with."""
+        super().__init__()
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            controlnet=controlnet,
+            scheduler=scheduler,
+        )
+        defaults = settle_defaults(controlnet, default_num_inference_steps, default_guidance_scale, default_image_size)
+        self.register_to_config(
+            default_num_inference_steps=defaults.num_inference_steps,
+            default_guidance_scale=defaults.guidance_scale,
+            default_image_size=defaults.image_size,
+        )
+        self._guidance_scale = defaults.guidance_scale
+        self._num_timesteps = 0
+        self._interrupt = False
+
+    @classmethod
+    def from_parts(
+        cls,
+        base: Base,
+        controlnet: PromptDiffusionControlNet,
+        default_num_inference_steps: int | None = None,
+        default_guidance_scale: float | None = None,
+        default_image_size: int | None = None,
+    ) -> Self:
+        """Compose a pipeline from a base and a ControlNet."""
+        parts = (base.vae, base.text_encoder, base.tokenizer, base.unet, controlnet, base.scheduler)
+        return cls(*parts, default_num_inference_steps, default_guidance_scale, default_image_size)
+
+    @property
+    def default_num_inference_steps(self) -> int:
+        """Denoising steps where a call does not say."""
+        return int(self.config.default_num_inference_steps)
+
+    @property
+    def default_guidance_scale(self) -> float:
+        """Guidance weight where a call does not say."""
+        return float(self.config.default_guidance_scale)
+
+    @property
+    def latent_stride(self) -> int:
+        """Pixels along one side of an image for each latent along one side."""
+        return compute_latent_stride(self.vae.config)
+
+    @property
+    def image_size(self) -> int:
+        """Pixels a side that the model was trained at; where it was saved without that, what its UNet was made for."""
+        return int(self.config.default_image_size or self.unet.config.sample_size * self.latent_stride)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance weight of the call that runs, or ran last."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the step that runs compares with the unconditional branch; a callback may set ``_guidance_scale``."""
+        return self._guidance_scale > 1.0
+
+    @property
+    def num_timesteps(self) -> int:
+        """Timesteps of the call that runs, or ran last."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the steps that are left are left out; a callback may set ``_interrupt``."""
+        return self._interrupt
 
     @torch.no_grad()
     def __call__(
         self,
-        prompt: Texts,
-        example_pair: ExamplePairs,
-        query: Images,
+        prompt: Texts | None = None,
+        example_pair: ExamplePairs = None,
+        query: Images | None = None,
         *,
-        negative_prompt: Texts | None = "",
+        image: Images | None = None,
+        negative_prompt: Texts | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
         guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
         num_inference_steps: int | None = None,
         controlnet_conditioning_scale: float = 1.0,
+        control_guidance_start: float = 0.0,
+        control_guidance_end: float = 1.0,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
         generator: Generators = None,
+        latents: Tensor | None = None,
+        clip_skip: int | None = None,
         height: int | None = None,
         width: int | None = None,
         output_type: OutputType = "pil",
@@ -78,23 +164,32 @@ class PromptDiffusionPipeline(EditingMixin, PipelineContract):
     ) -> PromptDiffusionOutput:
         """Do to each query what its example pair shows.
 
-        A batch is as many images as there are queries, prompts or pairs; of each, one serves all or there is one an image.
+        A batch is as many images as there are queries, prompts or pairs; one of each serves all, or there is one an image.
 
         Args:
             prompt: Text; "" lets the example pair decide alone. What the text encoder cannot read is logged.
             example_pair: (source, target), of one size; a list of such pairs, whose features are averaged; or None, which
                 stands for a mid-grey pair. CN(FT) models take None alone.
             query: The images to transform.
+            image: The same by the name that diffusers' ControlNet pipelines have for it.
             negative_prompt: Text of the unconditional branch, which keeps the example pair and the query, as published.
+            prompt_embeds: N, L, C in place of the prompt, such as ``encode_prompt`` gives.
+            negative_prompt_embeds: N, L, C in place of the negative prompt.
             guidance_scale: Guidance weight; 1 or less runs no unconditional branch. None takes the model's own, and 1 where
                 every prompt is its negative prompt: guidance compares the two texts, and would find no difference.
+            guidance_rescale: How far the guided prediction is brought back to the spread of the conditional one, 0 to 1
+                (arXiv 2305.08891, section 3.4).
             num_inference_steps: Denoising steps; None takes the model's own.
             controlnet_conditioning_scale: Weight of the ControlNet's residuals.
+            control_guidance_start: The part of the steps before which the ControlNet takes no part, 0 to 1.
+            control_guidance_end: The part of the steps after which it takes none.
             num_images_per_prompt: Images for each of the batch, next to each other in the output.
             eta: DDIM's share of fresh noise; other schedulers have none.
-            generator: One an image makes an image independent of its batch; one alone serves all in turn.
-            height: Pixels of the output; None takes the query's. Images of another size are cut to its aspect around their
-                centre, as in training, and resized once, by Lanczos.
+            generator: One for each image makes an image independent of its batch; one alone serves all in turn.
+            latents: The noise to start from, of variance 1: images, channels, height and width in latents. None draws it.
+            clip_skip: Layers of the text encoder that are left out at its end.
+            height: Pixels of the output; None takes ``image_size``, what the model was trained at. Images of another size are
+                cut to its aspect around their centre, as in training, and resized once, by Lanczos.
             width: As height.
             output_type: ``pil``, ``np``, ``pt``, ``uint8`` or ``latent``.
             return_dict: False returns a tuple.
@@ -109,149 +204,160 @@ class PromptDiffusionPipeline(EditingMixin, PipelineContract):
         check_scheduler(self.scheduler)
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self._check_tensor_names(callback_on_step_end_tensor_inputs)
-        steps = self._choose_steps(num_inference_steps, num_images_per_prompt)
-        conditions = read_conditions(query, example_pair, height, width, self.latent_stride)
-        prompts, negatives = _list_texts(prompt, "prompt"), _list_texts(negative_prompt or "", "negative_prompt")
-        given = {"texts as prompt": len(prompts), "texts as negative_prompt": len(negatives)}
-        count = count_batch(len(conditions.queries), {"example pairs": conditions.num_pairs, **given})
-        prompts, negatives = (texts * count if len(texts) == 1 else texts for texts in (prompts, negatives))
+        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        options = check_sampler_options(
+            self.default_num_inference_steps if num_inference_steps is None else num_inference_steps,
+            self.scheduler.config.num_train_timesteps,
+            eta,
+            guidance_rescale,
+            controlnet_conditioning_scale,
+            control_guidance_start,
+            control_guidance_end,
+        )
+        repeats = check_count("num_images_per_prompt", num_images_per_prompt)
+        height, width = (
+            self.image_size if side is None else check_count(name, side)
+            for name, side in (("height", height), ("width", width))
+        )
+        conditions = read_conditions(_choose_query(query, image), example_pair, height, width, self.latent_stride)
+        clip_skip = check_clip_skip(clip_skip, self.text_encoder)
+        texts = self._read_texts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds)
+        given = {
+            "example pairs": conditions.num_example_pairs,
+            "texts as prompt": len(texts.prompts),
+            "texts as negative_prompt": len(texts.negatives),
+        }
+        count = count_batch(len(conditions.queries), given)
+        texts = texts.repeat(count)
         if guidance_scale is None:
-            guidance_scale = 1.0 if prompts == negatives else self.default_guidance_scale
-        self._guidance_scale, self._interrupt = guidance_scale, False
-        generators = _list_generators(generator, count * num_images_per_prompt)
+            guidance_scale = 1.0 if texts.are_equal else self.default_guidance_scale
+        self._guidance_scale, self._interrupt = check_number("guidance_scale", guidance_scale), False
+        generators = list_generators(generator, count * repeats)
+        shape = (int(self.unet.config.in_channels), height // self.latent_stride, width // self.latent_stride)
+        noise = draw_noise(shape, generators) if latents is None else check_latents(latents, shape, count * repeats)
+        device, dtype = self._execution_device, self.unet.dtype
         try:
-            start = _Denoising(
-                prompt_embeds=self._encode_prompts(prompts, negatives, num_images_per_prompt),
-                features=self._compute_features(conditions, count, num_images_per_prompt),
-                noise=self._draw_noise(conditions, generators),
-                generators=None if generator is None else generators,
-                num_inference_steps=steps,
-                controlnet_conditioning_scale=controlnet_conditioning_scale,
-                eta=eta,
+            embeds = texts.encode(
+                self.tokenizer, self.text_encoder, device, dtype, self.do_classifier_free_guidance, clip_skip
             )
-            latents = self._denoise(start, callback_on_step_end, callback_on_step_end_tensor_inputs)
-            images = latents if output_type == "latent" else write_images(self._decode(latents), output_type)
+            start = Start(
+                prompt_embeds=embeds.repeat_interleave(repeats, dim=0),
+                features=compute_features(self.controlnet, conditions, device, dtype, count, repeats),
+                latents=noise.to(device, dtype),
+                generators=None if generator is None else generators,
+                options=options,
+            )
+            denoised = denoise(self, start, device, callback_on_step_end, callback_on_step_end_tensor_inputs)
+            images = denoised if output_type == "latent" else write_images(self._decode(denoised), output_type)
         finally:  # also after an error: memory is given back
             self.maybe_free_model_hooks()
         if not return_dict:
             return (images,)  # type: ignore[return-value]  # what diffusers' pipelines do, and few ask for
         return PromptDiffusionOutput(images=images)
 
-    def _check_tensor_names(self, names: Sequence[str]) -> None:
-        unknown = [name for name in names if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs may name {', '.join(self._callback_tensor_inputs)}, "
-                f"got {', '.join(unknown)}"
-            )
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: Texts,
+        device: torch.device | str | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: Texts | None = None,
+        *,
+        clip_skip: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the embeddings N, L, C of texts and of their negative prompts (None without guidance) as a call takes them."""
+        texts = self._read_texts(prompt, None, negative_prompt, None)
+        texts = texts.repeat(count_batch(1, {"prompts": len(texts.prompts), "negative prompts": len(texts.negatives)}))
+        embeds = texts.encode(
+            self.tokenizer,
+            self.text_encoder,
+            device or self._execution_device,
+            self.unet.dtype,
+            do_classifier_free_guidance,
+            check_clip_skip(clip_skip, self.text_encoder),
+        ).repeat_interleave(check_count("num_images_per_prompt", num_images_per_prompt), dim=0)
+        if not do_classifier_free_guidance:
+            return embeds, None
+        negatives, prompts = embeds.chunk(2)
+        return prompts, negatives
 
-    def _choose_steps(self, num_inference_steps: int | None, num_images_per_prompt: int) -> int:
-        steps = self.default_num_inference_steps if num_inference_steps is None else num_inference_steps
-        largest = self.scheduler.config.num_train_timesteps
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
-        if not 1 <= steps <= largest:
-            raise ValueError(f"num_inference_steps must be between 1 and {largest}, got {steps}")
-        return steps
+    def edit(
+        self,
+        image: Images,
+        prompt: Texts | None = None,
+        *,
+        condition: str = "depth",
+        example_pair: ExamplePairs = None,
+        map_guidance_scale: float | None = None,
+        map_num_inference_steps: int | None = None,
+        output_type: OutputType = "pil",
+        **options: Any,  # noqa: ANN401 - a plain call's
+    ) -> EditingOutput:
+        """Make a picture anew that keeps its layout: image to condition map, then map to image with a new caption.
 
-    def _encode_prompts(self, prompts: Sequence[str], negatives: Sequence[str], num_images_per_prompt: int) -> Tensor:
-        """Return N, L, C; with guidance 2 N, the negative prompts first."""
-        texts = {"prompt": prompts}
-        if self.do_classifier_free_guidance:
-            texts = {"negative_prompt": negatives, **texts}
-        embeds = []
-        for name, given in texts.items():
-            warn_of_cut_texts(self.tokenizer, given, name)
-            encoded = encode_texts(self.tokenizer, self.text_encoder, given, self._execution_device)
-            embeds.append(encoded.to(self.unet.dtype).repeat_interleave(num_images_per_prompt, dim=0))
-        return torch.cat(embeds)
+        Args:
+            image: The pictures to edit.
+            prompt: What the new ones show.
+            condition: What is kept of the pictures: ``depth``, ``hed``, ``seg``, or another that the model was trained on.
+            example_pair: (picture, its map), or a list of them: shown so in the first step and reversed in the second. None
+                leaves it to the text alone ("depth map") which map is made.
+            map_guidance_scale: Guidance weight of the first step; None takes that of the second.
+            map_num_inference_steps: Denoising steps of the first step; None takes those of the second.
+            output_type: As of a plain call, for pictures and maps.
+            options: Further arguments of a plain call; of a list of generators each draws both steps of its image.
 
-    def _compute_features(self, conditions: Conditions, count: int, num_images_per_prompt: int) -> Tensor:
-        """Return the stems' features, N, C, h, w, each pair and query seen once."""
-        device, dtype = self._execution_device, self.unet.dtype
-        pairs = None if conditions.pairs is None else [pair.to(device, dtype) for pair in conditions.pairs]
-        features: Tensor = self.controlnet.compute_condition_features(pairs, conditions.queries.to(device, dtype))
-        if len(features) != count:
-            features = features.expand(count, -1, -1, -1)
-        if num_images_per_prompt > 1:
-            features = features.repeat_interleave(num_images_per_prompt, dim=0)
-        return features
+        Raises:
+            ValueError: As a plain call, and for a condition that there is no vision task of.
+        """
+        own = {"guidance_scale": map_guidance_scale, "num_inference_steps": map_num_inference_steps}
+        return edit_by_text(self, image, prompt, condition, example_pair, own, output_type, options)
 
-    def _draw_noise(self, conditions: Conditions, generators: Sequence[torch.Generator | None]) -> Tensor:
-        """Draw each image's noise from its own generator, on the CPU unless that lives elsewhere: a seed means the same."""
-        height, width = (side // self.latent_stride for side in conditions.queries.shape[2:])
-        shape = (int(self.unet.config.in_channels), height, width)
-        drawn = [
-            torch.randn(shape, generator=each, device="cpu" if each is None else each.device) for each in generators
-        ]
-        return torch.stack(drawn).to(self._execution_device, self.unet.dtype)
+    def edit_by_example(
+        self,
+        image: Images,
+        before: Images,
+        after: Images,
+        prompt: Texts | None = "",
+        **options: Any,  # noqa: ANN401 - a plain call's
+    ) -> PromptDiffusionOutput:
+        """Do to pictures what was done between ``before`` and ``after``: a plain call with that example pair."""
+        return self(prompt, (before, after), image, **options)
 
-    def _denoise(self, start: _Denoising, end_of_step: StepEnd | None, tensor_names: Sequence[str]) -> Tensor:
-        """Return the latents after all steps, N, 4, h, w; the scheduler's state begins anew."""
-        scheduler = self.scheduler
-        scheduler.set_timesteps(start.num_inference_steps, device=self._execution_device)
-        timesteps = scheduler.timesteps
-        self._num_timesteps = len(timesteps)
-        # schedulers of second order take several timesteps a step
-        num_warmup = len(timesteps) - start.num_inference_steps * scheduler.order
-        doubled = torch.cat([start.features, start.features]) if self.do_classifier_free_guidance else start.features
-        tensors = {"latents": start.noise * scheduler.init_noise_sigma, "prompt_embeds": start.prompt_embeds}
-        with self.progress_bar(total=start.num_inference_steps) as bar:
-            for index, timestep in enumerate(timesteps):
-                if self.interrupt:
-                    continue
-                features = doubled if self.do_classifier_free_guidance else start.features
-                tensors["latents"] = self._step(start, timestep, features, **tensors)
-                if end_of_step is not None:
-                    shown = {name: tensors[name] for name in tensor_names}
-                    changed = end_of_step(self, index, timestep, shown) or {}
-                    tensors |= {name: changed[name] for name in tensors if name in changed}
-                if index == len(timesteps) - 1 or (index + 1 > num_warmup and (index + 1) % scheduler.order == 0):
-                    bar.update()
-        denoised: Tensor = tensors["latents"]
-        return denoised
+    def enable_vae_slicing(self) -> None:
+        """Decode one image at a time: less memory for a batch."""
+        self.vae.enable_slicing()
 
-    def _step(
-        self, start: _Denoising, timestep: Tensor, features: Tensor, latents: Tensor, prompt_embeds: Tensor
-    ) -> Tensor:
-        """Return the latents one step less noisy; both branches in one pass."""
-        is_guided = self.do_classifier_free_guidance
-        entering = self.scheduler.scale_model_input(latents, timestep)
-        entering = torch.cat([entering, entering]) if is_guided else entering
-        noise_pred = predict_noise(
-            self.unet,
-            self.controlnet,
-            entering,
-            timestep,
-            prompt_embeds,
-            features,
-            start.controlnet_conditioning_scale,
-        )
-        if is_guided:
-            unconditional, conditional = noise_pred.chunk(2)
-            noise_pred = unconditional + self.guidance_scale * (conditional - unconditional)
-        options = choose_step_options(self.scheduler, start.eta, start.generators)
-        stepped: Tensor = self.scheduler.step(noise_pred, timestep, latents, **options, return_dict=False)[0]
-        return stepped.to(latents.dtype)
+    def disable_vae_slicing(self) -> None:
+        """Decode all images at once."""
+        self.vae.disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Decode large images tile by tile: less memory, faint seams."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Decode each image whole."""
+        self.vae.disable_tiling()
+
+    def _read_texts(
+        self, prompt: object, prompt_embeds: object, negative_prompt: object, negative_prompt_embeds: object
+    ) -> CallTexts:
+        channels = int(self.unet.config.cross_attention_dim)
+        texts = read_texts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, channels)
+        if set(self.tokenizer.added_tokens_encoder) <= set(self.tokenizer.all_special_tokens):
+            return texts  # no word was learned by textual inversion
+        return texts.convert(lambda text: self.maybe_convert_prompt(text, self.tokenizer))
 
     def _decode(self, latents: Tensor) -> Tensor:
         images: Tensor = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
         return images
 
 
-def _list_texts(texts: Texts, name: str) -> list[str]:
-    listed: list[Any] = list(texts) if isinstance(texts, list | tuple) else [texts]
-    wrong = [type(text).__name__ for text in listed if not isinstance(text, str)]
-    if wrong or not listed:
-        raise ValueError(f"{name} is a text or a list of texts, got {wrong[0] if wrong else 'an empty list'}")
-    return listed
-
-
-def _list_generators(generator: Generators, count: int) -> list[torch.Generator | None]:
-    """Return one generator an image; one alone serves all, one after the other."""
-    if generator is None or isinstance(generator, torch.Generator):
-        return [generator] * count
-    if len(generator) != count:
-        raise ValueError(f"{len(generator)} generators were given for {count} images: give one each")
-    return list(generator)
+def _choose_query(query: Images | None, image: Images | None) -> Images:
+    """Return the images to transform, by whichever of their two names they came."""
+    if query is not None and image is not None:
+        raise ValueError("query and image are two names of one argument: give one of them")
+    if query is None and image is None:
+        raise ValueError("give query, the images to transform (image, as diffusers calls it, does as well)")
+    return image if query is None else query  # type: ignore[return-value]  # one of them is there

@@ -2,6 +2,7 @@
 
 import logging
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from prompt_diffusion.pretraining.latents import (
 from prompt_diffusion.store.fingerprint import StageIdentity, StageInput
 from prompt_diffusion.store.manifest import (
     ManifestRef,
+    find_sealed,
     open_manifest,
     seal_manifest,
     write_file,
@@ -34,6 +36,7 @@ from prompt_diffusion.store.storage import join_uri
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
+    from prompt_diffusion.engine.distributed import World
     from prompt_diffusion.model.base import Base
 
 logger = logging.getLogger(__name__)
@@ -69,8 +72,18 @@ class PretrainAutoencoder(Stage[TrainResources]):
         )
 
     def run(self, context: Context[TrainResources]) -> ManifestRef:
-        """Train, score, and seal; the context hears every event of the training."""
+        """Train, score, and seal; the context hears every event, and another run of the same stage is waited for."""
         from prompt_diffusion.engine.distributed import join_world
+        from prompt_diffusion.engine.ownership import own_stage
+
+        with (
+            join_world("cpu", context.resources.threads_per_process, is_alone=True) as world,
+            own_stage(self.identity.uri(context.store), world) as check_owner,
+        ):
+            sealed = find_sealed(self.identity, context.store)  # another run may have ended it while this one waited
+            return sealed or self._make(context, world, check_owner)
+
+    def _make(self, context: Context[TrainResources], world: "World", check_owner: Callable[[], None]) -> ManifestRef:
         from prompt_diffusion.pretraining.objectives import Pictures
         from prompt_diffusion.pretraining.score import score_autoencoder, write_scores
         from prompt_diffusion.pretraining.train import train_autoencoder
@@ -85,17 +98,18 @@ class PretrainAutoencoder(Stage[TrainResources]):
             logger.info("restored, dB: %s", ", ".join(f"{kind} {score.psnr:.1f}" for kind, score in scores.items()))
             return float(np.mean([score.rmse for score in scores.values()]))
 
-        with join_world("cpu", resources.threads_per_process) as world:
-            vae = train_autoencoder(
-                self.config,
-                Pictures(shown.read, shown.captions, shares),
-                join_uri(identity.uri(store), "checkpoints"),
-                resources,
-                world,
-                context.report,
-                validate,
-            )
-            scores = score_autoencoder(vae, held_out.read, shares, min(_SCORED, len(held_out.captions)))
+        vae = train_autoencoder(
+            self.config,
+            Pictures(shown.read, shown.captions, shares),
+            join_uri(identity.uri(store), "checkpoints"),
+            resources,
+            world,
+            context.report,
+            validate,
+            check_owner,
+        )
+        scores = score_autoencoder(vae, held_out.read, shares, min(_SCORED, len(held_out.captions)))
+        check_owner()
         with tempfile.TemporaryDirectory() as folder:
             vae.save_pretrained(folder, safe_serialization=True)
             files = write_folder(identity, store, VAE_FOLDER, Path(folder))
@@ -136,8 +150,18 @@ class Pretrain(Stage[TrainResources]):
         return join_uri(self.identity.uri(store), "checkpoints")
 
     def run(self, context: Context[TrainResources]) -> ManifestRef:
-        """Train, score, and seal; the context hears every event of the training."""
+        """Train, score, and seal; the context hears every event, and another run of the same stage is waited for."""
         from prompt_diffusion.engine.distributed import join_world
+        from prompt_diffusion.engine.ownership import own_stage
+
+        with (
+            join_world("cpu", context.resources.threads_per_process, is_alone=True) as world,
+            own_stage(self.identity.uri(context.store), world) as check_owner,
+        ):
+            sealed = find_sealed(self.identity, context.store)  # another run may have ended it while this one waited
+            return sealed or self._make(context, world, check_owner)
+
+    def _make(self, context: Context[TrainResources], world: "World", check_owner: Callable[[], None]) -> ManifestRef:
         from prompt_diffusion.pretraining.score import compute_denoising_loss
         from prompt_diffusion.pretraining.train import build_base, train_text_to_image
 
@@ -149,21 +173,22 @@ class Pretrain(Stage[TrainResources]):
         def validate() -> float:
             return compute_denoising_loss(base, config, held_out.read, held_out.captions, _SCORED)
 
-        with join_world("cpu", resources.threads_per_process) as world:
-            train_text_to_image(
-                config,
-                base,
-                read_latents(self.latents, config.unet_shares),
-                shown.captions,
-                self.checkpoints(store),
-                resources,
-                world,
-                context.report,
-                validate,
-            )
-            with tempfile.TemporaryDirectory() as folder:
-                _describe_base(self, base, shown, held_out, config.unet_steps, Path(folder))
-                files = write_folder(identity, store, BASE_FOLDER, Path(folder))
+        train_text_to_image(
+            config,
+            base,
+            read_latents(self.latents, config.unet_shares),
+            shown.captions,
+            self.checkpoints(store),
+            resources,
+            world,
+            context.report,
+            validate,
+            check_owner,
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            _describe_base(self, base, shown, held_out, config.unet_steps, Path(folder))
+            check_owner()
+            files = write_folder(identity, store, BASE_FOLDER, Path(folder))
         files.append(write_file(identity, store, "config.json", config.model_dump_json(indent=2).encode()))
         return seal_manifest(identity, store, files, counts={"scenes": shown.data.num_rows})
 

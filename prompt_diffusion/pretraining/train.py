@@ -150,15 +150,19 @@ def train_autoencoder(
     world: World,
     on_event: OnEvent | None = None,
     validate: Callable[[AutoencoderKL], float] | None = None,
+    check_owner: Callable[[], None] | None = None,
 ) -> AutoencoderKL:
-    """Train the autoencoder from its newest checkpoint, and make its latents standard on photographs."""
+    """Train the autoencoder from its newest checkpoint, and make its latents standard on photographs.
+
+    ``check_owner`` raises where another run has taken the folder over.
+    """
     torch.manual_seed(config.seed)
     vae = build_vae(config)
     num_samples = config.vae_steps * config.vae_batch_size
     run_loop(
         AutoencoderObjective(vae, pictures, config.seed, num_samples, config.crop_fraction),
         dict(vae.named_parameters()),
-        LoopPlan(config.vae_steps, config.vae_batch_size, config.vae_optimizer, checkpoints),
+        LoopPlan(config.vae_steps, config.vae_batch_size, config.vae_optimizer, checkpoints, check_owner),
         resources,
         world,
         on_event,
@@ -193,10 +197,12 @@ def train_text_to_image(
     world: World,
     on_event: OnEvent | None = None,
     validate: Callable[[], float] | None = None,
+    check_owner: Callable[[], None] | None = None,
 ) -> None:
     """Train UNet and text encoder of a base, in place, from their newest checkpoint.
 
     ``latents``: those of every kind in ``config.unet_shares``; mirrored photographs have the captions mirrored.
+    ``check_owner`` raises where another run has taken the folder over.
     """
     mirrored = [mirror_caption(caption) for caption in captions] if MIRRORED in config.unet_shares else []
     tokens = {IMAGE: tokenise(base.tokenizer, captions)}
@@ -217,7 +223,7 @@ def train_text_to_image(
     run_loop(
         objective,
         name_parameters(base),
-        LoopPlan(config.unet_steps, config.unet_batch_size, config.unet_optimizer, checkpoints),
+        LoopPlan(config.unet_steps, config.unet_batch_size, config.unet_optimizer, checkpoints, check_owner),
         resources,
         world,
         on_event,

@@ -6,7 +6,13 @@ loader.
 
 from prompt_diffusion.registry.download import fetch, load
 from prompt_diffusion.registry.facts import ModelFacts
-from prompt_diffusion.registry.registration import record_metrics, register_folder, register_model
+from prompt_diffusion.registry.registration import (
+    describe_registration,
+    record_evaluation,
+    record_metrics,
+    register_folder,
+    register_model,
+)
 from prompt_diffusion.registry.versions import (
     CHALLENGER,
     CHAMPION,
@@ -26,9 +32,11 @@ __all__ = [
     "RegisteredModel",
     "RunTracker",
     "connect",
+    "describe_registration",
     "fetch",
     "list_versions",
     "load",
+    "record_evaluation",
     "record_metrics",
     "register_folder",
     "register_model",

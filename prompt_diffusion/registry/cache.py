@@ -5,21 +5,21 @@ on trust: every file's SHA-256 is computed each time, and one that is missing or
 killed while it fetches leaves nothing that counts, and a later one goes on from the files that it finished.
 """
 
-import fcntl
 import json
 import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
-from prompt_diffusion.model.digest import digest_file
 from prompt_diffusion.model.references import FILES
+from prompt_diffusion.store.digest import digest_file
 from prompt_diffusion.store.fingerprint import compute_digest
+from prompt_diffusion.store.local_files import hold
 
 logger = logging.getLogger(__name__)
 
@@ -59,15 +59,6 @@ def complete_copy(models: Path, digest: str, fetch: Fetch, reference: str) -> Pa
             with suppress(ValueError):  # it is for people who look into the folder: no model needs it
                 fetch(CARD_FILE, folder / CARD_FILE)
     return folder.resolve()
-
-
-@contextmanager
-def hold(path: Path) -> Iterator[None]:
-    """Keep other processes and threads of this machine out for the time of the block; a killed holder lets go."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def is_read(path: str) -> bool:

@@ -1,17 +1,19 @@
 """Making a model a version: a sealed training, or a folder that was made elsewhere."""
 
 import json
+import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prompt_diffusion.model.digest import digest_file
 from prompt_diffusion.model.references import PIPELINE_FOLDER
 from prompt_diffusion.registry.artifact import FACTS_FILE, name_artifact, write_artifact
-from prompt_diffusion.registry.cache import CARD_FILE, MODELS, digest_listing, hold, is_read, link_or_copy
+from prompt_diffusion.registry.artifact_store import find_damage, read_artifact, upload, upload_file
+from prompt_diffusion.registry.cache import CARD_FILE, MODELS, digest_listing, is_read, link_or_copy
 from prompt_diffusion.registry.card import render_card, render_description
 from prompt_diffusion.registry.facts import UNKNOWN, ModelFacts
 from prompt_diffusion.registry.provenance import REGISTERED_BASE, collect_facts
@@ -25,16 +27,23 @@ from prompt_diffusion.registry.versions import (
     TITLE_TAG,
     VISION_TASKS_TAG,
     RegisteredModel,
+    find_location,
+    first_line,
 )
 from prompt_diffusion.settings import Settings
+from prompt_diffusion.store.digest import digest_file
+from prompt_diffusion.store.local_files import hold
 from prompt_diffusion.store.manifest import Manifest, ManifestRef, open_manifest
 from prompt_diffusion.store.storage import local_path
-from prompt_diffusion.tracking.client import FINGERPRINT_TAG, connect, find_or_create_run, knock
+from prompt_diffusion.tracking.client import FINGERPRINT_TAG, connect, find_or_create_run, hide_password, knock
 from prompt_diffusion.tracking.delivery import deliver_outboxes
+from prompt_diffusion.tracking.finishing import finish_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
+
+logger = logging.getLogger(__name__)
 
 _DESCRIPTION = "Prompt Diffusion: in-context vision tasks by example pairs."
 _ROOM_PREFIX = "registering-"
@@ -46,64 +55,103 @@ def register_model(
 ) -> RegisteredModel:
     """Make a sealed training a model version and give it the alias; the same model is registered once.
 
-    Where the alias is None, a new version becomes the challenger, and one that is there keeps what it has.
-    The version carries the training's configuration and fingerprint, the fingerprints of its inputs, licences, a model card,
-    and digests of every file. What trainings could not tell MLflow when it was away is delivered first. ConnectionError,
-    within seconds, where the registry does not answer.
+    Where the alias is None, no alias moves. A version that is there has its artifact read through, and what is missing or
+    altered of it is uploaded again. The version carries the training's configuration and fingerprint, the fingerprints of its
+    inputs, licences, a model card, and digests of every file. What trainings could not tell MLflow, because it was away or
+    they were killed, is delivered first. ConnectionError, within seconds, where the registry does not answer; ValueError, in
+    one sentence, for what it refuses.
     """
     knock(settings)
     deliver_outboxes(settings)
+    finish_run(settings, model)
     manifest = open_manifest(model.uri)
     with _open_registry(settings) as client:
-        version = _find_version(client, settings.registered_model, model.fingerprint)
-        if version is None:
-            alias = alias or CHALLENGER
-            with _make_room(settings) as root:
-                digests = _stage_training(manifest, root)
-                facts = _add_base(client, collect_facts(manifest))
-                version = _create_version(
-                    client, settings, root, digests, facts, model.fingerprint, f"train-{model.fingerprint[:8]}"
-                )
-        return _name(client, version, alias, metrics or {})
+
+        def stage(root: Path) -> ModelFacts:
+            _stage_training(manifest, root)
+            return _add_base(client, collect_facts(manifest))
+
+        digests = _list_training(manifest)
+        version = _obtain_version(client, settings, digests, model.fingerprint, f"train-{model.fingerprint[:8]}", stage)
+        return _name(client, settings, version, alias, metrics or {})
 
 
 def register_folder(
-    folder: Path, settings: Settings, *, name: str | None = None, alias: str = CHALLENGER, facts: ModelFacts
+    folder: Path, settings: Settings, *, name: str | None = None, alias: str | None = CHALLENGER, facts: ModelFacts
 ) -> RegisteredModel:
     """Make a diffusers folder that was not trained here a model version and give it the alias.
 
-    ``name`` is the registered model, None the settings'. A folder with the same files is one version, whatever its facts.
-    ValueError for a folder that holds no Prompt Diffusion pipeline; ConnectionError, within seconds, where the registry does
-    not answer.
+    ``name`` is the registered model, None the settings'. A folder with the same files is one version, whatever its facts; an
+    artifact that was damaged is made whole. ValueError for a folder that holds no Prompt Diffusion pipeline; ConnectionError,
+    within seconds, where the registry does not answer.
     """
     paths = _list_files(folder)
     if name is not None:
         settings = settings.model_copy(update={"registered_model": name})
     knock(settings)
-    with _open_registry(settings) as client, _make_room(settings) as root:
-        digests = {}
+
+    def stage(root: Path) -> ModelFacts:
         for path in paths:
             link_or_copy(folder / path, root / PIPELINE_FOLDER / path)
-            digests[path] = digest_file(root / PIPELINE_FOLDER / path)
+        return facts
+
+    with _open_registry(settings) as client:
+        digests = {path: digest_file(folder / path) for path in paths}
         fingerprint = digest_listing(digests)[1][:32]
-        version = _find_version(client, settings.registered_model, fingerprint) or _create_version(
-            client, settings, root, digests, facts, fingerprint, f"import-{fingerprint[:8]}"
-        )
-        return _name(client, version, alias, {})
+        version = _obtain_version(client, settings, digests, fingerprint, f"import-{fingerprint[:8]}", stage)
+        return _name(client, settings, version, alias, {})
+
+
+def record_evaluation(model: ManifestRef, settings: Settings, metrics: Mapping[str, float]) -> list[RegisteredModel]:
+    """Add what was measured of a sealed training to every version of it, whatever it is called; none is made, no alias moves.
+
+    Empty where nobody registered the training, or its versions were deleted: the numbers stay in the table. Errors as
+    `register_model` raises them.
+    """
+    knock(settings)
+    with _open_registry(settings) as client:
+        versions = _search(client, f"tags.{FINGERPRINT_TAG} = '{model.fingerprint}'")
+        for version in versions:
+            _record(client, settings, version, metrics)
+    return [
+        RegisteredModel(name=version.name, version=str(version.version), alias=None, run_id=version.run_id)
+        for version in versions
+    ]
 
 
 def record_metrics(model: RegisteredModel, settings: Settings, metrics: Mapping[str, float]) -> None:
     """Add numbers, such as benchmark cells, to a model version: to its run, as tags to be read beside it, and to its card."""
-    client = connect(settings)
-    version = client.get_model_version(model.name, model.version)
-    _record(client, version, metrics)
+    with _open_registry(settings) as client:
+        _record(client, settings, client.get_model_version(model.name, model.version), metrics)
+
+
+def describe_registration(model: RegisteredModel) -> str:
+    """Return in one sentence which version a model is, and which alias moved to it from where."""
+    if model.alias is None:
+        return f"the model is {model.uri}; no alias was moved to it"
+    before = f"before it was version {model.previous}" if model.previous else "there was none before"
+    is_new = model.previous != model.version
+    return f"the model is {model.uri}, " + (
+        f"now {SCHEME}{model.name}@{model.alias} ({before})" if is_new else f"still {SCHEME}{model.name}@{model.alias}"
+    )
 
 
 @contextmanager
 def _open_registry(settings: Settings) -> Iterator["MlflowClient"]:
-    """Give a client; of this machine's processes and threads, one registers at a time: the same model makes one version."""
+    """Give a client; of this machine's processes and threads, one registers at a time: the same model makes one version.
+
+    What MLflow raises becomes one sentence: a ConnectionError, which another try may end, or a ValueError, which none does.
+    """
     with hold(settings.cache_dir / MODELS / "register.lock"):
-        yield connect(settings)
+        client = connect(settings)
+        from mlflow.exceptions import MlflowException
+
+        try:
+            yield client
+        except MlflowException as error:
+            said = f"the registry at {hide_password(settings.tracking_uri)} refused: {hide_password(first_line(error.message))}"
+            is_passing = error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
+            raise (ConnectionError if is_passing else ValueError)(said) from error
 
 
 @contextmanager
@@ -116,26 +164,29 @@ def _make_room(settings: Settings) -> Iterator[Path]:
         yield Path(folder) / "model"
 
 
-def _stage_training(manifest: Manifest, root: Path) -> dict[str, str]:
-    """Lay a training's pipeline out below ``root``, checked, and return its digests by path.
+def _list_training(manifest: Manifest) -> dict[str, str]:
+    """Return the digests of a training's pipeline by path: of what the loader reads."""
+    prefix = f"{PIPELINE_FOLDER}/"
+    found = {file.path.removeprefix(prefix): file.sha256 for file in manifest.files if file.path.startswith(prefix)}
+    return {path: sha256 for path, sha256 in found.items() if is_read(path)}
+
+
+def _stage_training(manifest: Manifest, root: Path) -> None:
+    """Lay a training's pipeline out below ``root``, checked.
 
     From a store on this machine the files get a second name, no copy; from another they are fetched.
     """
-    prefix = f"{PIPELINE_FOLDER}/"
-    files = [
-        file for file in manifest.files if file.path.startswith(prefix) and is_read(file.path.removeprefix(prefix))
-    ]
     store = local_path(manifest.ref.uri)
     if store is None:
         folder = manifest.fetch_folder(PIPELINE_FOLDER, root.with_name("fetched"))
         root.mkdir(parents=True)
         folder.rename(root / PIPELINE_FOLDER)
-    else:
-        for file in files:
-            link_or_copy(store / file.path, root / file.path)
-            if digest_file(root / file.path) != file.sha256:
-                manifest.read_file(file.path)  # says what is wrong with it, and the way out
-    return {file.path.removeprefix(prefix): file.sha256 for file in files}
+        return
+    for name, sha256 in _list_training(manifest).items():
+        path = f"{PIPELINE_FOLDER}/{name}"
+        link_or_copy(store / path, root / path)
+        if digest_file(root / path) != sha256:
+            manifest.read_file(path)  # says what is wrong with it, and the way out
 
 
 def _list_files(folder: Path) -> list[str]:
@@ -164,33 +215,61 @@ def _add_base(client: "MlflowClient", facts: ModelFacts) -> ModelFacts:
     return facts
 
 
-def _find_version(client: "MlflowClient", name: str, fingerprint: str) -> "ModelVersion | None":
-    # a name that is not registered yet has no versions: an empty list
-    for version in client.search_model_versions(f"name = '{name}'"):
-        if version.tags.get(FINGERPRINT_TAG) == fingerprint and version.status == "READY":
-            found: ModelVersion = version
-            return found
-    return None
+def _search(client: "MlflowClient", condition: str) -> "list[ModelVersion]":
+    return [version for version in client.search_model_versions(condition) if version.status == "READY"]
+
+
+def _obtain_version(
+    client: "MlflowClient",
+    settings: Settings,
+    digests: dict[str, str],
+    fingerprint: str,
+    run_name: str,
+    stage: Callable[[Path], ModelFacts],
+) -> "ModelVersion":
+    """Return the version that has the fingerprint and these very files, its artifact whole; one is made where there is none.
+
+    ``stage`` lays the pipeline out below a folder, and says what is known of it.
+    """
+    listing, digest = digest_listing(digests)
+    name = settings.registered_model
+    for version in _search(client, f"name = '{name}' and tags.{FINGERPRINT_TAG} = '{fingerprint}'"):
+        if version.tags.get(DIGEST_TAG) != digest:
+            continue  # trained again on another machine, say: other weights are another version
+        location = find_location(client, version)
+        damaged = find_damage(location, digests, digest, settings) if TITLE_TAG in version.tags else []
+        if damaged:
+            logger.warning("%s%s/%s was altered (%s): uploading it again", SCHEME, name, version.version, damaged[0])
+            with _make_room(settings) as root:
+                write_artifact(root, stage(root), listing, digest, version.run_id)
+                upload(location, root, settings)
+            _record(client, settings, version, {})
+        return version
+    with _make_room(settings) as root:
+        facts = stage(root)
+        run_id, _ = find_or_create_run(client, settings, run_name, fingerprint)
+        write_artifact(root, facts, listing, digest, run_id)
+        # The artifact's own address: MLflow would look up models:/m-... at its process-wide address, not at this client's.
+        location = _choose_location(client, run_id, name)
+        upload(location, root, settings)
+    client.set_terminated(run_id)
+    return _create_version(client, name, facts, fingerprint, digest, run_id, location)
+
+
+def _choose_location(client: "MlflowClient", run_id: str, name: str) -> str:
+    """Return where among a run's artifacts the model goes: nowhere that another version, or a copy of one, lives."""
+    taken = {find_location(client, version) for version in client.search_model_versions(f"run_id = '{run_id}'")}
+    place = f"{client.get_run(run_id).info.artifact_uri}/{name_artifact(name)}"
+    candidates = chain([place], (f"{place}-{number}" for number in count(2)))
+    return next(each for each in candidates if each not in taken)
 
 
 def _create_version(
-    client: "MlflowClient",
-    settings: Settings,
-    root: Path,
-    digests: dict[str, str],
-    facts: ModelFacts,
-    fingerprint: str,
-    run_name: str,
+    client: "MlflowClient", name: str, facts: ModelFacts, fingerprint: str, digest: str, run_id: str, location: str
 ) -> "ModelVersion":
-    """Upload what lies in ``root`` and make it a version."""
+    """Make what was uploaded to a location a version."""
     from mlflow.exceptions import MlflowException
 
-    listing, digest = digest_listing(digests)
-    run_id, _ = find_or_create_run(client, settings, run_name, fingerprint)
-    name = settings.registered_model
-    write_artifact(root, facts, listing, digest, run_id)
-    client.log_artifacts(run_id, str(root), name_artifact(name))
-    client.set_terminated(run_id)
     try:
         client.create_registered_model(name, description=_DESCRIPTION)
     except MlflowException as error:
@@ -204,45 +283,66 @@ def _create_version(
         LICENCES_TAG: json.dumps(facts.licences),
     }
     tags |= {VISION_TASKS_TAG: ", ".join(facts.vision_tasks)}
-    # The artifact's own address: MLflow would look up models:/m-... at its process-wide address, not at this client's.
-    source = f"{client.get_run(run_id).info.artifact_uri}/{name_artifact(name)}"
-    version: ModelVersion = client.create_model_version(name, source, run_id, tags=tags)
+    version: ModelVersion = client.create_model_version(name, location, run_id, tags=tags)
     return version
 
 
 def _name(
-    client: "MlflowClient", version: "ModelVersion", alias: str | None, metrics: Mapping[str, float]
+    client: "MlflowClient",
+    settings: Settings,
+    version: "ModelVersion",
+    alias: str | None,
+    metrics: Mapping[str, float],
 ) -> RegisteredModel:
     """Give a version its alias, and its card once it has metrics or none yet."""
     if metrics or not version.description:
-        _record(client, version, metrics)
+        _record(client, settings, version, metrics)
+    previous = None
     if alias is not None:
+        previous = client.get_registered_model(version.name).aliases.get(alias)
         client.set_registered_model_alias(version.name, alias, version.version)
-    return RegisteredModel(name=version.name, version=str(version.version), alias=alias, run_id=version.run_id)
+    return RegisteredModel(
+        name=version.name,
+        version=str(version.version),
+        alias=alias,
+        run_id=version.run_id,
+        previous=None if previous is None else str(previous),
+    )
 
 
-def _record(client: "MlflowClient", version: "ModelVersion", metrics: Mapping[str, float]) -> None:
+def _record(client: "MlflowClient", settings: Settings, version: "ModelVersion", metrics: Mapping[str, float]) -> None:
     """Keep metrics, and render the card of all that is known now."""
+    uri = f"{SCHEME}{version.name}/{version.version}"
+    if metrics and not _log_metrics(client, version.run_id, metrics):
+        logger.info("the run of %s was deleted: its numbers stand beside the version alone", uri)
     for name, value in metrics.items():
-        client.log_metric(version.run_id, name, value)
         client.set_model_version_tag(version.name, version.version, f"{METRIC_TAG}{name}", f"{value:.6g}")
     tags = client.get_model_version(version.name, version.version).tags
-    known = {key.removeprefix(METRIC_TAG): float(value) for key, value in tags.items() if key.startswith(METRIC_TAG)}
-    facts = _read_facts(client, version)
-    if facts is None:
+    if TITLE_TAG not in tags:
         return  # registered before there were cards
-    uri = f"{SCHEME}{version.name}/{version.version}"
+    known = {key.removeprefix(METRIC_TAG): float(value) for key, value in tags.items() if key.startswith(METRIC_TAG)}
+    location = find_location(client, version)
+    content = read_artifact(location, FACTS_FILE, settings)
+    if content is None:
+        logger.warning("%s has lost its %s: its card stays as it is; register the model again", uri, FACTS_FILE)
+        return
+    facts = ModelFacts.model_validate_json(content)
     client.update_model_version(version.name, version.version, render_description(facts, uri, known))
-    with tempfile.TemporaryDirectory() as folder:
-        card = Path(folder) / CARD_FILE
-        card.write_text(render_card(facts, uri, known))
-        client.log_artifact(version.run_id, str(card), f"{name_artifact(version.name)}/{PIPELINE_FOLDER}")
+    if not version.source.startswith(SCHEME):  # a copy has no files of its own
+        upload_file(location, f"{PIPELINE_FOLDER}/{CARD_FILE}", render_card(facts, uri, known).encode(), settings)
 
 
-def _read_facts(client: "MlflowClient", version: "ModelVersion") -> ModelFacts | None:
-    """Return what a version said of its model when it was registered; None where it was registered before facts were kept."""
-    if TITLE_TAG not in version.tags:
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        path = client.download_artifacts(version.run_id, f"{name_artifact(version.name)}/{FACTS_FILE}", folder)
-        return ModelFacts.model_validate_json(Path(path).read_bytes())
+def _log_metrics(client: "MlflowClient", run_id: str, metrics: Mapping[str, float]) -> bool:
+    """Add metrics to a run; False where a person deleted it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        if client.get_run(run_id).info.lifecycle_stage != "active":
+            return False
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # of a run, of an empty id
+            raise
+        return False
+    for name, value in metrics.items():
+        client.log_metric(run_id, name, value)
+    return True

@@ -5,20 +5,27 @@ Loaded by ``mlflow.pyfunc`` alone (see ``model_code.py``). The weights are safet
 
 import base64
 import binascii
+import math
+import signal
 import threading
-from collections.abc import Hashable
+import time
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import mlflow
 import pandas as pd
+from mlflow.environment_variables import _MLFLOW_IS_IN_SERVING_ENVIRONMENT, MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
 from pydantic import Field, ValidationError
 
 from prompt_diffusion.data.transforms import Pixels, check_pair_shape, decode_image, encode_png, resize_image
-from prompt_diffusion.frozen import FrozenModel
+from prompt_diffusion.frozen import FrozenModel, say_first_error
 from prompt_diffusion.registry.cache import check_folder
 
 if TYPE_CHECKING:
@@ -28,6 +35,8 @@ IMAGE_COLUMNS = ("example_source", "example_target", "query")
 MAX_IMAGE_BYTES = 16 << 20
 MAX_ROWS = 16
 MAX_TEXT = 2000
+MAX_ROW_STEPS = 1600
+"""Denoising steps of all rows of a request together: 16 rows of the published 100."""
 DIGEST_KEY = "digests_sha256"
 """The entry of the model's configuration that pins its files."""
 
@@ -66,6 +75,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
     def load_context(self, context: Any) -> None:  # noqa: ANN401 - MLflow's own class
         """Load the pipeline beside the code, its files checked; on a GPU where there is one."""
+        refuse_unknown_names()
         from prompt_diffusion.device import AUTO, choose_device
         from prompt_diffusion.model.load import load_pipeline
 
@@ -73,6 +83,8 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         check_folder(folder, (context.model_config or {}).get(DIGEST_KEY))
         self._pipeline = load_pipeline(folder, str(choose_device(AUTO)))
         self._lock = threading.Lock()  # requests come in threads, a pipeline's scheduler has one state
+        self._ending = threading.Event()
+        _tell_end(self._ending)
 
     def predict(
         self,
@@ -81,21 +93,30 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         params: dict[str, Any] | None = None,
     ) -> pd.DataFrame:
         """Return one row with one image for each row of the request; a mistake in it is answered with status 400."""
+        patience = _Patience(self._ending)
         try:
             chosen = Params.model_validate(params or {})
             rows = model_input.to_dict("records")
-            if not 1 <= len(rows) <= MAX_ROWS:
-                raise ValueError(f"a request has 1 to {MAX_ROWS} rows, this one has {len(rows)}")
-            images = [encode_base64(self._generate(row, chosen, place)) for place, row in enumerate(rows)]
+            self._check_size(len(rows), chosen)
+            images = [encode_base64(self._generate(row, chosen, place, patience)) for place, row in enumerate(rows)]
         except ValidationError as error:
-            first = error.errors()[0]
-            message = f"params.{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}"
-            raise MlflowException.invalid_parameter_value(message) from None
+            raise MlflowException.invalid_parameter_value(f"params.{say_first_error(error)}") from None
         except ValueError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
         return pd.DataFrame({"image": images})
 
-    def _generate(self, row: dict[Hashable, Any], params: Params, place: int) -> Pixels:
+    def _check_size(self, num_rows: int, params: Params) -> None:
+        """Refuse what would hold the server for everybody else."""
+        if not 1 <= num_rows <= MAX_ROWS:
+            raise ValueError(f"a request has 1 to {MAX_ROWS} rows, this one has {num_rows}")
+        steps = params.num_inference_steps or self._pipeline.default_num_inference_steps
+        if num_rows * steps > MAX_ROW_STEPS:
+            raise ValueError(
+                f"a request takes up to {MAX_ROW_STEPS} steps over all its rows, this one {num_rows} x {steps}: send fewer "
+                "rows at once, or set fewer num_inference_steps"
+            )
+
+    def _generate(self, row: dict[Hashable, Any], params: Params, place: int, patience: "_Patience") -> Pixels:
         import torch
 
         size = self._pipeline.image_size
@@ -103,7 +124,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         check_pair_shape(images[0], images[1], f"the example pair of row {place}")
         source, target, query = (resize_image(image, size) for image in images)
         chosen = {key: value for key, value in params.model_dump(exclude={"seed"}).items() if value is not None}
-        with self._lock:
+        with patience.hold(self._lock):
             (image,) = self._pipeline(
                 _read_text(row.get("prompt"), f"prompt of row {place}"),
                 (source, target),
@@ -111,10 +132,93 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
                 negative_prompt=_read_text(row.get("negative_prompt"), f"negative_prompt of row {place}"),
                 generator=torch.Generator().manual_seed(params.seed),
                 output_type="uint8",
+                callback_on_step_end=patience.check_step,
                 **chosen,
             ).images
         result: Pixels = image
         return result
+
+
+def refuse_unknown_names() -> None:
+    """Have MLflow answer a request of our models with status 400 where it would drop a column or a parameter with a log line.
+
+    MLflow drops them before it calls the model, and offers no setting; so its check is called through ours. Other models that
+    are loaded in this process are none of our business: ours are known by the names of their parameters.
+    """
+    check = mlflow.pyfunc._validate_prediction_input
+    if getattr(check, "refuses_unknown_names", False):
+        return
+
+    def check_names(data: Any, params: Any, input_schema: Any, params_schema: Any, flavor: Any = None) -> Any:  # noqa: ANN401
+        names = [spec.name for spec in params_schema.params] if params_schema is not None else []
+        if set(names) == set(Params.model_fields):
+            _refuse_strangers("params", params, names)
+            _refuse_strangers(
+                "columns", data if isinstance(data, pd.DataFrame | dict) else None, input_schema.input_names()
+            )
+        return check(data, params, input_schema, params_schema, flavor)
+
+    check_names.refuses_unknown_names = True  # type: ignore[attr-defined]
+    mlflow.pyfunc._validate_prediction_input = check_names
+
+
+def _refuse_strangers(kind: str, given: Any, known: list[str]) -> None:  # noqa: ANN401 - a table or a dictionary
+    strangers = [str(name) for name in given if name not in known] if given is not None else []
+    if strangers:
+        raise MlflowException.invalid_parameter_value(
+            f"unknown {kind}: {', '.join(strangers)}; a request may have {', '.join(known)}"
+        )
+
+
+class _Patience:
+    """How long a request may go on: as long as the server waits for it, and until the server is told to end."""
+
+    def __init__(self, ending: threading.Event) -> None:
+        self._ending = ending
+        # Outside MLflow's server nobody gives up on a call.
+        seconds = MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.get() if _MLFLOW_IS_IN_SERVING_ENVIRONMENT.get() else None
+        self._deadline = math.inf if seconds is None else time.monotonic() + seconds
+
+    def check(self) -> None:
+        """Raise, with status 503, where nobody waits for the answer any more."""
+        if self._ending.is_set():
+            raise MlflowException("the server is ending: send the request again later", TEMPORARILY_UNAVAILABLE)
+        if time.monotonic() > self._deadline:
+            raise MlflowException("the request took longer than the server waits for it", TEMPORARILY_UNAVAILABLE)
+
+    def check_step(self, pipeline: object, step: int, timestep: object, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Check after a denoising step, as diffusers calls it."""
+        self.check()
+        return tensors
+
+    @contextmanager
+    def hold(self, lock: threading.Lock) -> Iterator[None]:
+        """Hold the lock inside the block, waiting for it no longer than is waited for us."""
+        while not lock.acquire(timeout=1.0):
+            self.check()
+        try:
+            self.check()
+            yield
+        finally:
+            lock.release()
+
+
+def _tell_end(ending: threading.Event) -> None:
+    """Have a SIGTERM set the event before it reaches the server, which then waits for the requests that it has.
+
+    A process that has no handler of its own ends at once without ours.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    if not callable(before):
+        return
+
+    def tell(number: int, frame: FrameType | None) -> None:
+        ending.set()
+        before(number, frame)
+
+    signal.signal(signal.SIGTERM, tell)
 
 
 def read_image(text: object, name: str) -> Pixels:
@@ -122,6 +226,7 @@ def read_image(text: object, name: str) -> Pixels:
     if not isinstance(text, str):
         raise ValueError(f"{name} is no text: images are base64 of PNG or JPEG files")
     content = text.rpartition("base64,")[2] if text.startswith("data:") else text
+    content = "".join(content.split())  # many programs break its lines
     if len(content) > MAX_IMAGE_BYTES * 4 // 3 + 4:
         raise ValueError(f"{name} is longer than {MAX_IMAGE_BYTES >> 20} MiB: send a smaller image")
     try:

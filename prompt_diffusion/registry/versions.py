@@ -4,12 +4,12 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.settings import Settings
-from prompt_diffusion.tracking.client import FINGERPRINT_TAG, connect, knock
+from prompt_diffusion.tracking.client import FINGERPRINT_TAG, connect, hide_password, knock
+from prompt_diffusion.tracking.database import find_database
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -34,6 +34,8 @@ class RegisteredModel(FrozenModel):
     """The alias that was given to it now; None where it kept what it had."""
     run_id: str
     """MLflow's run, where its metrics stand."""
+    previous: str | None = None
+    """The version that the alias pointed to before; None where there was none."""
 
     @property
     def uri(self) -> str:
@@ -71,24 +73,25 @@ class ModelVersionSummary(FrozenModel):
 @contextmanager
 def say_registry(settings: Settings) -> Iterator["MlflowClient"]:
     """Give a client of a registry that answers, and turn what MLflow raises into one sentence, a ValueError."""
-    database = settings.tracking_uri.removeprefix("sqlite:///")
-    if database != settings.tracking_uri and not Path(database).is_file():
+    database = find_database(settings.tracking_uri)
+    if database is not None and not database.is_file():
         raise ValueError(
             f"there is no registry yet: {database} does not exist (MLFLOW_TRACKING_URI); train a model first"
         )
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
+    address = hide_password(settings.tracking_uri)
     try:
         knock(settings)
         yield connect(settings)
     except ConnectionError as error:
         raise ValueError(f"the registry cannot be asked: {error}; start it or set MLFLOW_TRACKING_URI") from error
     except MlflowException as error:
-        raise ValueError(f"the registry at {settings.tracking_uri} refused: {_first_line(error.message)}") from error
+        raise ValueError(f"the registry at {address} refused: {hide_password(first_line(error.message))}") from error
     except SQLAlchemyError as error:
         raise ValueError(
-            f"the registry at {settings.tracking_uri} cannot be read: {_first_line(str(error))}"
+            f"the registry at {address} cannot be read: {hide_password(first_line(str(error)))}"
         ) from error
 
 
@@ -116,24 +119,37 @@ def find_version(client: "MlflowClient", reference: str) -> "ModelVersion":
         alias = CHAMPION if CHAMPION in aliases else CHALLENGER
     if at or not number:
         if alias not in aliases:
-            raise ValueError(f"there is no registered model {reference!r}: {name} has {_list_aliases(aliases)}")
+            raise ValueError(
+                f"there is no registered model {reference!r}: {name} has {_list_aliases(aliases)}{_list_numbers(client, name)}"
+            )
         number = aliases[alias]
     try:
         version: ModelVersion = client.get_model_version(name, number)
     except MlflowException:
-        there = ", ".join(sorted((str(v.version) for v in client.search_model_versions(f"name = '{name}'")), key=int))
-        raise ValueError(
-            f"there is no registered model {reference!r}: {name} has {f'the versions {there}' if there else 'no version'}"
-        ) from None
+        there = _list_numbers(client, name).removeprefix(", ") or "no version"
+        raise ValueError(f"there is no registered model {reference!r}: {name} has {there}") from None
     return version
+
+
+def find_location(client: "MlflowClient", version: "ModelVersion") -> str:
+    """Return where a version's artifact lies: also of a copy, whose `source` names a version that may be gone or renamed."""
+    location: str = client.get_model_version_download_uri(version.name, version.version)
+    return location.rstrip("/")
 
 
 def set_alias(reference: str, alias: str, settings: Settings) -> RegisteredModel:
     """Let an alias point to a version; ValueError, in one sentence, where the reference names none."""
     with say_registry(settings) as client:
         version = find_version(client, reference)
+        previous = client.get_registered_model(version.name).aliases.get(alias)
         client.set_registered_model_alias(version.name, alias, version.version)
-    return RegisteredModel(name=version.name, version=str(version.version), alias=alias, run_id=version.run_id)
+    return RegisteredModel(
+        name=version.name,
+        version=str(version.version),
+        alias=alias,
+        run_id=version.run_id,
+        previous=None if previous is None else str(previous),
+    )
 
 
 def list_versions(settings: Settings, name: str | None = None) -> list[ModelVersionSummary]:
@@ -172,5 +188,11 @@ def _list_aliases(aliases: dict[str, str]) -> str:
     return f"the aliases {named}" if named else "no alias"
 
 
-def _first_line(text: str) -> str:
+def _list_numbers(client: "MlflowClient", name: str) -> str:
+    there = sorted((str(version.version) for version in client.search_model_versions(f"name = '{name}'")), key=int)
+    return f", the versions {', '.join(there)}" if there else ""
+
+
+def first_line(text: str) -> str:
+    """Return the first line of what MLflow says: the rest is its stack."""
     return text.splitlines()[0] if text else "it gave no reason"

@@ -1,5 +1,6 @@
-"""The bytes of `manifest.parquet`: one row a file, all else as one JSON value in the schema metadata, with a digest."""
+"""The bytes of ``manifest.parquet``: one row a file, all else as one JSON value in the schema metadata, with a digest."""
 
+import base64
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -13,12 +14,13 @@ import pyarrow.parquet as pq
 from prompt_diffusion.store.fingerprint import compute_digest, write_canonical_json
 
 METADATA_KEY = b"prompt_diffusion"
+_ARROW_SCHEMA_KEY = b"ARROW:schema"
 _FILE_SCHEMA = pa.schema([("path", pa.string()), ("rows", pa.int64()), ("bytes", pa.int64()), ("sha256", pa.string())])
 _RECORDED_PACKAGES = ("prompt-diffusion", "pyarrow", "numpy", "pillow", "torch", "diffusers", "transformers")
 
 
 def encode_manifest(content: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Return the Parquet bytes of a manifest: `rows` have path, rows, bytes and sha256; `content` is JSON."""
+    """Return the Parquet bytes of a manifest: ``rows`` have path, rows, bytes and sha256; ``content`` is JSON."""
     metadata = write_canonical_json({**content, "digest": _compute_content_digest(content, rows)})
     table = pa.Table.from_pylist(list(rows), schema=_FILE_SCHEMA.with_metadata({METADATA_KEY: metadata.encode()}))
     sink = pa.BufferOutputStream()
@@ -40,6 +42,13 @@ def decode_manifest(data: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     if digest != actual:
         raise ValueError(f"it was altered: its content has the digest {actual}, it was sealed with {digest}")
     return content, rows
+
+
+def read_written_types(file: pq.ParquetFile) -> dict[str, pa.DataType]:
+    """Return the types that a table's columns had when Arrow wrote the file; ValueError or KeyError where it does not say."""
+    encoded = (file.metadata.metadata or {})[_ARROW_SCHEMA_KEY]
+    schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(encoded, validate=True)))
+    return {field.name: field.type for field in schema}
 
 
 def find_versions() -> dict[str, str]:

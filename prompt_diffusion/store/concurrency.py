@@ -10,9 +10,9 @@ R = TypeVar("R")
 
 
 def map_ahead(pool: Executor, function: Callable[[T], R], items: Iterable[T], max_pending: int) -> Iterator[R]:
-    """Yield `function(item)` of each item, in order, computed in the pool ahead of being asked for.
+    """Yield ``function(item)`` of each item, in order, computed in the pool ahead of being asked for.
 
-    At most `max_pending` items are under way or done and not yet taken, so memory is bounded; `items` is read in the
+    At most ``max_pending`` items are under way or done and not yet taken, so memory is bounded; ``items`` is read in the
     caller's thread. The first error ends it, and what has not begun then never does.
     """
     pending: deque[Future[R]] = deque()

@@ -2,7 +2,10 @@
 
 import io
 
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw
+
+from prompt_diffusion.image_files import DECODER_ERRORS, MAX_PIXELS, open_image
+from prompt_diffusion.store.lettering import Lettering
 
 _CELL_PIXELS = 128
 _GAP_PIXELS = 8
@@ -13,7 +16,6 @@ _BACKGROUND, _INK, _PALE = (255, 255, 255), (32, 32, 32), (120, 120, 120)
 _MISSING = (224, 224, 224)
 
 Cells = dict[str, bytes | None]
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def draw_contact_sheet(title: str, names: list[str], cells: list[Cells], texts: list[list[str]]) -> bytes:
@@ -27,15 +29,15 @@ def draw_contact_sheet(title: str, names: list[str], cells: list[Cells], texts: 
     size = (_LABEL_PIXELS + pitch * len(names) + _GAP_PIXELS, top + pitch * len(cells))
     sheet = Image.new("RGB", size, _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size=_FONT_PIXELS)
-    draw.text((_GAP_PIXELS, _GAP_PIXELS), title, fill=_INK, font=font)
+    font = Lettering(_FONT_PIXELS)
+    font.write(draw, (_GAP_PIXELS, _GAP_PIXELS), font.spell(title), _INK)
     for column, name in enumerate(names):
         left = _LABEL_PIXELS + pitch * column
         _write_lines(draw, (left, top - _HEADER_PIXELS), [name.replace("_", " ")], _CELL_PIXELS, 2, font, _PALE)
     for line, (row, words) in enumerate(zip(cells, texts, strict=True)):
         y = top + pitch * line
-        identifiers = " · ".join(word for word in words if word and " " not in word)
-        sentences = [word for word in words if " " in word]
+        identifiers = " · ".join(word for word in words if word and not _is_sentence(word))
+        sentences = [word for word in words if _is_sentence(word)]
         width, line_pixels = _LABEL_PIXELS - 2 * _GAP_PIXELS, _FONT_PIXELS + 3
         _write_lines(draw, (_GAP_PIXELS, y), [identifiers], width, 1, font, _PALE)
         num_lines = _CELL_PIXELS // line_pixels - 1
@@ -47,14 +49,22 @@ def draw_contact_sheet(title: str, names: list[str], cells: list[Cells], texts: 
     return buffer.getvalue()
 
 
+def _is_sentence(text: str) -> bool:
+    """Say whether a text is prose: it has spaces, or letters of scripts that are written without them."""
+    return " " in text or any("\u2e80" <= letter <= "\uffdc" for letter in text)
+
+
 def _draw_cell(data: bytes | None, name: str, words: list[str]) -> Image.Image:
     """Return the image in a square cell, its shape kept; a grey cell where there is none."""
     cell = Image.new("RGB", (_CELL_PIXELS, _CELL_PIXELS), _MISSING)
     if data is None:
         return cell
     try:
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+        opened = open_image(data)
+        if opened.width * opened.height > MAX_PIXELS:
+            raise ValueError(f"it has {opened.width} x {opened.height} pixels, more than {MAX_PIXELS}")
+        image = opened.convert("RGB")
+    except DECODER_ERRORS as error:
         raise ValueError(f"the column {name!r} of the row {' / '.join(words)!r} holds no image: {error}") from error
     scale = _CELL_PIXELS / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
@@ -71,29 +81,29 @@ def _write_lines(
     texts: list[str],
     width: int,
     num_lines: int,
-    font: Font,
+    font: Lettering,
     ink: tuple[int, int, int],
 ) -> None:
     """Write texts one under the other, each wrapped at `width` pixels, `num_lines` lines at most."""
-    lines = [line for text in texts for line in _wrap_text(draw, text, width, font)]
+    lines = [line for text in texts for line in _wrap_text(font.spell(text), width, font)]
     if len(lines) > num_lines:
         lines = [*lines[: num_lines - 1], lines[num_lines - 1][:-1] + "..."]
     for number, line in enumerate(lines):
-        draw.text((corner[0], corner[1] + number * (_FONT_PIXELS + 3)), line, fill=ink, font=font)
+        font.write(draw, (corner[0], corner[1] + number * (_FONT_PIXELS + 3)), line, ink)
 
 
-def _wrap_text(draw: ImageDraw.ImageDraw, text: str, width: int, font: Font) -> list[str]:
+def _wrap_text(text: str, width: int, font: Lettering) -> list[str]:
     """Return the text in lines of at most `width` pixels, broken at spaces, and inside a word that is too long."""
     lines = [""]
     for word in text.split():
         candidate = f"{lines[-1]} {word}".strip()
-        if draw.textlength(candidate, font=font) <= width:
+        if font.measure(candidate) <= width:
             lines[-1] = candidate
             continue
         if lines[-1]:
             lines.append("")
         for letter in word:
-            if draw.textlength(lines[-1] + letter, font=font) > width:
+            if font.measure(lines[-1] + letter) > width:
                 lines.append("")
             lines[-1] += letter
     return [line for line in lines if line]

@@ -27,7 +27,7 @@ class RejectSummary(FrozenModel):
 
 
 class ManifestDescription(FrozenModel):
-    """What `prompt-diffusion manifest` shows."""
+    """What ``prompt-diffusion manifest`` shows."""
 
     uri: str
     """The folder."""
@@ -56,7 +56,7 @@ class ManifestDescription(FrozenModel):
 
 
 def describe_manifest(uri: str) -> ManifestDescription:
-    """Describe a sealed folder; UnsealedError and DamagedDataError as `open_manifest` raises them."""
+    """Describe a sealed folder; UnsealedError and DamagedDataError as ``open_manifest`` raises them."""
     manifest = open_manifest(uri)
     reasons = Counter(reject.reason for reject in manifest.rejects)
     return ManifestDescription(
@@ -89,7 +89,7 @@ def _describe_ancestor(ancestor: Ancestor) -> str:
 def render_contact_sheet(uri: str, max_rows: int = 8) -> bytes:
     """Return a PNG of the first rows: one line a row, one cell an image, the row's texts at the left.
 
-    Image columns are `struct<bytes, path>`; in a list of structs each element's images get cells of their own.
+    Image columns are ``struct<bytes, path>``; in a list of structs each element's images get cells of their own.
     ValueError if the manifest has no image column, or a cell is no image.
     """
     if max_rows < 1:

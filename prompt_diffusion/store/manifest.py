@@ -4,21 +4,31 @@
 identity, the counts, the rejects and the library versions, with a digest over all of it.
 """
 
+import binascii
 import hashlib
 import logging
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prompt_diffusion.store.codec import METADATA_KEY, decode_manifest, encode_manifest, find_versions
+from prompt_diffusion.store.codec import (
+    METADATA_KEY,
+    decode_manifest,
+    encode_manifest,
+    find_versions,
+    read_written_types,
+)
 from prompt_diffusion.store.concurrency import map_ahead
+from prompt_diffusion.store.digest import digest_file
 from prompt_diffusion.store.fingerprint import StageIdentity, compute_digest
 from prompt_diffusion.store.records import DamagedDataError, ManifestRef, Reject, StoredFile, UnsealedError
 from prompt_diffusion.store.storage import (
@@ -98,23 +108,45 @@ class Manifest:
         return table.replace_schema_metadata(metadata or None)
 
     def read_index(self, columns: list[str]) -> pa.Table:
-        """Return light columns of all shards, in order, without fetching the rest: so nothing but row counts is checked."""
+        """Return light columns of all shards, in order, without fetching the rest.
+
+        Their pages are checked against the checksums that the shard carries; DamagedDataError names a file that is not whole.
+        """
         with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
             return pa.concat_tables(
-                map_ahead(pool, lambda s: self._read_columns(s, columns), self.shards, 4 * _READS_AT_ONCE)
+                map_ahead(pool, lambda s: self.read_columns(s, columns), self.shards, 4 * _READS_AT_ONCE)
             )
 
-    def _read_columns(self, shard: StoredFile, columns: list[str]) -> pa.Table:
-        try:
-            with open_input(self._uri_of(shard.path)) as source:
-                table = pq.ParquetFile(source, pre_buffer=True).read(columns=columns)
-        except FileNotFoundError as error:
-            raise _refuse(self.ref.uri, shard.path, "is missing, though its manifest is sealed") from error
-        except pa.ArrowException as error:
-            raise _refuse(self.ref.uri, shard.path, f"cannot be read: {error}") from error
+    def read_columns(self, shard: StoredFile, columns: list[str]) -> pa.Table:
+        """Return light columns of one shard, as `read_index` does of all."""
+        with self.open_shard(shard) as file:
+            table = file.read(columns=columns)
+            stated = read_written_types(file)
+        # No checksum covers a footer, which says the types twice: once in Parquet's words, once in Arrow's.
+        types = {field.name: field.type for field in table.schema}
+        if types != {name: stated.get(name) for name in columns}:
+            raise _refuse(self.ref.uri, shard.path, f"has columns of other types than it says: {types}")
         if table.num_rows != shard.rows:
             raise _refuse(self.ref.uri, shard.path, f"has {table.num_rows} rows, sealed with {shard.rows}")
         return table.replace_schema_metadata(None)
+
+    @contextmanager
+    def open_shard(self, shard: StoredFile, **options: Any) -> Iterator[pq.ParquetFile]:  # noqa: ANN401 - ParquetFile's own
+        """Open a shard to read parts of it in the block, its pages checked; DamagedDataError names one that is not whole.
+
+        The system's errors and a store's pass: they are no damage, and may not come again.
+        """
+        try:
+            with open_input(self._uri_of(shard.path)) as source:
+                yield pq.ParquetFile(source, page_checksum_verification=True, **{"pre_buffer": True, **options})
+        except FileNotFoundError as error:
+            raise _refuse(self.ref.uri, shard.path, "is missing, though its manifest is sealed") from error
+        except (pa.ArrowException, OSError, UnicodeDecodeError, binascii.Error, KeyError) as error:
+            # Arrow reports damage by its own exceptions or by a bare OSError without a number.
+            if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+                raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise _refuse(self.ref.uri, shard.path, f"cannot be read: {reason}") from error
 
     def read_file(self, path: str) -> bytes:
         """Return a file's content; DamagedDataError names a file that is not as sealed."""
@@ -138,7 +170,7 @@ class Manifest:
         folder = target / self.ref.fingerprint
         for file in wanted:
             copy = folder / file.path
-            if not copy.is_file() or copy.stat().st_size != file.bytes or _digest_file(copy) != file.sha256:
+            if not copy.is_file() or copy.stat().st_size != file.bytes or digest_file(copy) != file.sha256:
                 self._copy_file(file, copy)
         return folder / prefix if prefix else folder
 
@@ -260,7 +292,7 @@ def write_folder(identity: StageIdentity, store_root: str, prefix: str, folder: 
         _check_path(uri, path)
         if not sealed:
             write_from(join_uri(uri, path), source)
-        files.append(StoredFile(path, 0, source.stat().st_size, _digest_file(source)))
+        files.append(StoredFile(path, 0, source.stat().st_size, digest_file(source)))
     return files
 
 
@@ -297,8 +329,3 @@ def _check_path(uri: str, path: str) -> None:
     parts = PurePosixPath(path).parts
     if not parts or parts[0] == "/" or ".." in parts or path == MANIFEST_NAME:
         raise DamagedDataError(f"{uri} cannot hold a file at the path {path!r}")
-
-
-def _digest_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -37,7 +37,7 @@ class StoreError(OSError):
 
 
 def build_client_config() -> dict[str, Any]:
-    """Return what botocore's `Config` takes: explicit, so that no variable of the environment changes it."""
+    """Return what botocore's ``Config`` takes: explicit, so that no variable of the environment changes it."""
     return {
         "connect_timeout": _CONNECT_TIMEOUT_SECONDS,
         "read_timeout": _READ_TIMEOUT_SECONDS,
@@ -46,7 +46,7 @@ def build_client_config() -> dict[str, Any]:
 
 
 def ask_store(uri: str, verb: str, call: Callable[[], _Answer], *, failures: _Errors, broken: _Errors) -> _Answer:
-    """Return what `call` does, called again after a `broken` answer; `failures` become a StoreError `cannot {verb} {uri}`.
+    """Return what ``call`` does, again after a ``broken`` answer; ``failures`` become StoreError ``cannot {verb} {uri}``.
 
     A FileNotFoundError, FileExistsError or PermissionError stays one; the store's own error is the cause.
     """
@@ -66,7 +66,7 @@ def ask_store(uri: str, verb: str, call: Callable[[], _Answer], *, failures: _Er
 def upload_until_stored(
     uri: str, num_bytes: int, send: Callable[[str], object], look: Callable[[], tuple[int, str | None] | None]
 ) -> bool:
-    """Call `send(mark)` until `look` finds bytes and mark there; False where `send` is a create that another has won.
+    """Call ``send(mark)`` until ``look`` finds bytes and mark there; False where ``send`` is a create that another has won.
 
     Neither an answer nor its absence proves anything: a store may say 200 and keep nothing or half, or keep the object
     and lose the answer, so that the client's own retry of a create meets the object of its first try. So an upload
@@ -106,7 +106,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def _pause(attempt: int) -> None:
-    """Sleep after the failed try number `attempt`, counted from 0: twice as long each time, and apart from our peers."""
+    """Sleep after the failed try number ``attempt``, counted from 0: twice as long each time, and apart from our peers."""
     time.sleep(_FIRST_PAUSE_SECONDS * 2**attempt * random.uniform(0.5, 1.5))
 
 

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
@@ -40,19 +40,40 @@ def run_sharded_stage(
 
     `make_shard(index)` must depend on the identity and the index alone; `num_at_once` threads call it. `made` are
     shards that `make_shards` reported elsewhere: they are not read again, only their sizes are checked before sealing.
-    ValueError, before sealing, if more than `reject_budget` of all samples were rejected.
+    ValueError, before sealing, if more than `reject_budget` of all samples were rejected; the shards with rejects that an
+    earlier run left are made again before.
     """
     if num_shards < 1:
         raise ValueError(f"stage {identity.stage} has {num_shards} shards to make: there is nothing to do")
     known = {shard.index: shard for shard in made}
-    missing = [index for index in range(num_shards) if index not in known]
-    shards = make_shards(
-        identity, store_root, num_shards, make_shard, missing, num_at_once=num_at_once, on_progress=on_progress
-    )
-    shards = sorted([*known.values(), *shards], key=lambda shard: shard.index)
+    fresh = set(known)
+
+    def make_fresh(index: int) -> ShardRows:
+        fresh.add(index)
+        return make_shard(index)
+
+    def make_some(indices: Sequence[int], *, reuse: bool) -> None:
+        shards = make_shards(
+            identity,
+            store_root,
+            num_shards,
+            make_fresh,
+            indices,
+            num_at_once=num_at_once,
+            on_progress=on_progress,
+            reuse=reuse,
+        )
+        known.update((shard.index, shard) for shard in shards)
+
+    make_some([index for index in range(num_shards) if index not in known], reuse=True)
+    if _is_over_budget(known.values(), reject_budget):
+        # What an earlier run rejected may have been repaired since.
+        make_some([index for index, shard in known.items() if shard.rejects and index not in fresh], reuse=False)
+    shards = sorted(known.values(), key=lambda shard: shard.index)
     rejects = [reject for shard in shards for reject in shard.rejects]
     num_rows = sum(shard.file.rows for shard in shards)
-    _check_rejects(identity, num_rows, rejects, reject_budget)
+    if _is_over_budget(shards, reject_budget):
+        raise ValueError(_describe_rejects(identity, num_rows, rejects, reject_budget))
     counts = {"rows": num_rows, "rejects": len(rejects)}
     return seal_manifest(identity, store_root, [shard.file for shard in shards], counts=counts, rejects=rejects)
 
@@ -66,11 +87,15 @@ def make_shards(
     *,
     num_at_once: int = 1,
     on_progress: OnProgress | None = None,
+    reuse: bool = True,
 ) -> list[MadeShard]:
-    """Find or make some of a stage's shards, and seal nothing: what one of many workers does; progress is of its own."""
+    """Find or make some of a stage's shards, and seal nothing: what one of many workers does; progress is of its own.
+
+    Without `reuse` what an earlier run left is made again.
+    """
 
     def find_or_make(index: int) -> MadeShard:
-        return _find_or_make_shard(identity, store_root, index, num_shards, make_shard)
+        return _find_or_make_shard(identity, store_root, index, num_shards, make_shard, reuse=reuse)
 
     shards: list[MadeShard] = []
     num_rows = num_rejects = 0
@@ -116,24 +141,30 @@ def encode_shard(table: pa.Table) -> bytes:
 
 
 def _find_or_make_shard(
-    identity: StageIdentity, store_root: str, index: int, num_shards: int, make_shard: MakeShard
+    identity: StageIdentity,
+    store_root: str,
+    index: int,
+    num_shards: int,
+    make_shard: MakeShard,
+    *,
+    reuse: bool,
 ) -> MadeShard:
-    """Return the shard that an earlier run left, or make it."""
+    """Return the shard that an earlier run left, if it may be reused, or make it."""
     name = name_shard(index)
     uri = join_uri(identity.uri(store_root), name)
     header: dict[str, str | int] = {"fingerprint": identity.fingerprint, "shard": index, "num_shards": num_shards}
-    left, is_damaged = _read_leftover(uri, index, header)
+    left, is_to_be_replaced = _read_leftover(uri, index, header) if reuse else (None, True)
     if left is not None:
         return left
     table, rejects = make_shard(index)
     content = {**header, "rejects": [reject.model_dump() for reject in rejects]}
     metadata = {**(table.schema.metadata or {}), METADATA_KEY: write_canonical_json(content).encode()}
     data = encode_shard(table.replace_schema_metadata(metadata))
-    if is_damaged:
+    if is_to_be_replaced:
         write_bytes(uri, data)
     elif not create_bytes(uri, data):
         # Another run made it meanwhile, and may be about to seal it: what lies there counts, not ours.
-        left, is_damaged = _read_leftover(uri, index, header)
+        left, _ = _read_leftover(uri, index, header)
         if left is not None:
             return left
         write_bytes(uri, data)
@@ -163,13 +194,15 @@ def _read_leftover(uri: str, index: int, header: dict[str, str | int]) -> tuple[
     return MadeShard(index=index, file=describe_file(name_shard(index), data, table.num_rows), rejects=rejects), False
 
 
-def _check_rejects(identity: StageIdentity, num_rows: int, rejects: Sequence[Reject], budget: float) -> None:
-    """Raise ValueError if more than the budgeted share of the samples was rejected."""
-    num_samples = num_rows + len(rejects)
-    if not rejects or len(rejects) <= budget * num_samples:
-        return
+def _is_over_budget(shards: Collection[MadeShard], budget: float) -> bool:
+    """Say whether more than the budgeted share of the samples was rejected."""
+    num_rejects = sum(len(shard.rejects) for shard in shards)
+    return num_rejects > budget * (num_rejects + sum(shard.file.rows for shard in shards))
+
+
+def _describe_rejects(identity: StageIdentity, num_rows: int, rejects: Sequence[Reject], budget: float) -> str:
     examples = "; ".join(f"{reject.sample_id}: {reject.reason}" for reject in rejects[:3])
-    raise ValueError(
-        f"stage {identity.stage} rejected {len(rejects)} of {num_samples} samples, more than the budget of "
+    return (
+        f"stage {identity.stage} rejected {len(rejects)} of {num_rows + len(rejects)} samples, more than the budget of "
         f"{budget:.2%}: {examples}"
     )

@@ -84,7 +84,8 @@ def require(stage: Stage[R], store: str) -> ManifestRef:
     sealed = find_sealed(identity, store)
     if sealed is None:
         raise UnsealedError(
-            f"stage {identity.stage!r} is not sealed: {identity.uri(store)} is missing, and upstream is 'require'"
+            f"stage {identity.stage!r} is not sealed: {stage.title}, {identity.uri(store)}, is missing, "
+            "and upstream is 'require'"
         )
     return sealed
 

@@ -1,15 +1,18 @@
 """Where bytes live: one set of functions for a folder and for S3; the only module that imports fsspec and s3fs.
 
-A URI is a `str`: a local path, `file://...` or `s3://bucket/key`. Any other scheme that fsspec knows (`hf://`,
-`https://`) can be read and listed, never written. S3 finds its endpoint and keys in the standard AWS variables
-(`AWS_ENDPOINT_URL`). A store that fails is asked again as `retries.py` says, then a StoreError names the URI and the reason.
+A URI is a ``str``: a local path, ``file://...`` or ``s3://bucket/key``. Any other scheme that fsspec knows (``hf://``,
+``https://``) can be read and listed, never written. S3 finds its endpoint and keys in the standard AWS variables
+(``AWS_ENDPOINT_URL``). A store that fails is retried as ``retries.py`` says, then StoreError names the URI and the reason.
 """
 
 import logging
+import re
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -32,7 +35,7 @@ _MARK_NAME = "upload"
 
 
 def join_uri(root: str, *parts: str) -> str:
-    """Return `root` and the parts joined by single slashes."""
+    """Return ``root`` and the parts joined by single slashes."""
     scheme, separator, rest = root.rpartition("://")
     absolute = "/" if rest.startswith("/") else ""
     stripped = (part.strip("/") for part in (rest, *parts))
@@ -59,21 +62,69 @@ def exists(uri: str) -> bool:
     return True
 
 
+@dataclass(frozen=True, slots=True)
+class FileFacts:
+    """What a store says of a file without its content."""
+
+    size: int | None
+    """Bytes; None where the store does not say."""
+    md5: str | None = None
+    """MD5 of the content, 32 hex digits, where the store keeps it: S3 does for what was uploaded in one piece."""
+
+
 def list_sizes(uri: str) -> dict[str, int]:
-    """Return the bytes of every file below a folder, by relative POSIX path, sorted; empty where there is none."""
+    """Return the bytes of every file below a folder, by relative POSIX path, sorted; empty where there is none.
+
+    ValueError names a file whose size a web server does not tell.
+    """
+    sizes = {}
+    for name, facts in list_facts(uri).items():
+        if facts.size is None:
+            facts = find_facts(join_uri(uri, name)) or facts
+        if facts.size is None:
+            raise ValueError(f"{uri} does not say how large {name} is: copy the data to a folder or to S3")
+        sizes[name] = facts.size
+    return sizes
+
+
+def list_facts(uri: str) -> dict[str, FileFacts]:
+    """Return what the store says of every file below a folder, by relative POSIX path, sorted; empty where there is none."""
     path = local_path(uri)
     if path is not None:
-        found = list_folder(path)
+        found = {name: FileFacts(size) for name, size in list_folder(path).items()}
     else:
         filesystem, key = _open_remote(uri)
         folder = filesystem._strip_protocol(key).rstrip("/") + "/"
         # A key that ends in a slash is a folder marker of a web console, not a file of ours.
         found = {
-            name.removeprefix(folder): int(entry["size"])
+            name.removeprefix(folder): _read_facts(uri, entry)
             for name, entry in _ask(uri, "list", lambda: filesystem.find(key, detail=True)).items()
             if name.startswith(folder) and not name.endswith("/")
         }
     return {name: found[name] for name in sorted(found) if not name.endswith(TEMPORARY_SUFFIX)}
+
+
+def find_facts(uri: str) -> FileFacts | None:
+    """Return what the store says of one file, links followed; None where no file of that name is there or can be."""
+    path = local_path(uri)
+    if path is not None:
+        try:
+            status = path.stat()
+        except (OSError, ValueError):
+            return None
+        return FileFacts(status.st_size) if stat.S_ISREG(status.st_mode) else None
+    filesystem, key = _open_remote(uri)
+    try:
+        entry = _ask(uri, "look up", lambda: filesystem.info(key))
+    except FileNotFoundError:
+        return None
+    return _read_facts(uri, entry) if entry["type"] == "file" else None
+
+
+def _read_facts(uri: str, entry: dict[str, Any]) -> FileFacts:
+    tag = str(entry.get("ETag", "")).strip('"')
+    has_md5 = uri.startswith("s3://") and re.fullmatch("[0-9a-f]{32}", tag)
+    return FileFacts(None if entry["size"] is None else int(entry["size"]), tag if has_md5 else None)
 
 
 def list_files(uri: str) -> list[str]:
@@ -95,7 +146,7 @@ def read_bytes(uri: str) -> bytes:
 
 @contextmanager
 def open_input(uri: str) -> Iterator[BinaryIO]:
-    """Open a file for seekable reading, as `pyarrow.parquet.ParquetFile` needs it; FileNotFoundError names the URI."""
+    """Open a file for seekable reading, as ``pyarrow.parquet.ParquetFile`` needs it; FileNotFoundError names the URI."""
     path = local_path(uri)
     try:
         file = path.open("rb") if path is not None else _open_remote_file(uri)
@@ -116,7 +167,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def write_from(uri: str, source: Path) -> None:
-    """Write a local file to a URI atomically without holding it in memory; OSError as `write_bytes` raises it."""
+    """Write a local file to a URI atomically without holding it in memory; OSError as ``write_bytes`` raises it."""
     path = local_path(uri)
     if path is None:
         num_bytes = source.stat().st_size
@@ -167,14 +218,14 @@ def delete_folder(uri: str) -> None:
 
 
 def check_writable(root: str) -> None:
-    """Write and remove a probe below `root`; ValueError with the URI and the reason where that cannot be done."""
+    """Write and remove a probe below ``root``; ValueError with the URI and the reason where that cannot be done."""
     probe = join_uri(root, f".probe-{uuid.uuid4().hex}")
     try:
         if local_path(root) is None:
             _check_bucket(root)
         created = create_bytes(probe, b"probe")
         created_again = create_bytes(probe, b"probe")
-        _delete_file(probe)
+        delete_file(probe)
     except ImportError as error:
         raise ValueError(f"cannot write to the store {root}: install the extra 's3' ({error})") from error
     except OSError as error:
@@ -184,15 +235,20 @@ def check_writable(root: str) -> None:
 
 
 def _open_remote(uri: str) -> tuple[Any, str]:
-    """Return fsspec's file system of a remote URI, and the path in it."""
-    if uri.startswith("s3://"):
-        return _open_s3(uri)
-    filesystem, key = fsspec.core.url_to_fs(uri)
+    """Return fsspec's file system of a remote URI, and the path in it; ValueError where the scheme's package is missing."""
+    try:
+        if uri.startswith("s3://"):
+            return _open_s3(uri)
+        filesystem, key = fsspec.core.url_to_fs(uri)
+    except ImportError as error:
+        raise ValueError(f"cannot read {uri}: {describe_error(error)}") from error
+    except ValueError as error:  # an unknown scheme, which fsspec names without the address
+        raise ValueError(str(error) if uri in str(error) else f"cannot read {uri}: {error}") from error
     return filesystem, str(key)
 
 
 def _open_s3(uri: str) -> tuple[Any, str]:
-    """Return the S3 file system and `bucket/key`; ValueError for any other scheme, since only these two are written."""
+    """Return the S3 file system and ``bucket/key``; ValueError for any other scheme, since only these two are written."""
     key = uri.removeprefix("s3://").strip("/")
     if not uri.startswith("s3://") or not key:
         raise ValueError(f"cannot write to {uri}: a store is a folder or s3://bucket/prefix")
@@ -214,7 +270,7 @@ def _open_remote_file(uri: str) -> Any:  # noqa: ANN401
 
 
 def _upload(uri: str, num_bytes: int, send: Callable[[Any, str, dict[str, Any]], object]) -> bool:
-    """Send an object until it lies there; False where `send` is a create and another object lies there."""
+    """Send an object until it lies there; False where ``send`` is a create and another object lies there."""
     filesystem, key = _open_s3(uri)
     bucket, _, name = key.partition("/")
 
@@ -241,17 +297,20 @@ def _check_bucket(uri: str) -> None:
         raise FileNotFoundError(f"there is no bucket {bucket!r}") from None
 
 
-def _delete_file(uri: str) -> None:
+def delete_file(uri: str) -> None:
+    """Delete a file; nothing happens where there is none."""
     path = local_path(uri)
     if path is not None:
-        path.unlink()
-    else:
+        path.unlink(missing_ok=True)
+    elif exists(uri):
         filesystem, key = _open_s3(uri)
         _ask(uri, "delete", lambda: filesystem.rm_file(key))
 
 
 def _ask(uri: str, verb: str, call: Callable[[], _Answer]) -> _Answer:
-    """Return what `call` gets from a remote store; StoreError `cannot {verb} {uri}: ...` once patience ends."""
+    """Return what ``call`` gets from a remote store; StoreError ``cannot {verb} {uri}: ...`` once patience ends."""
+    if not uri.startswith("s3://"):  # each of fsspec's file systems fails in ways of its own
+        return ask_store(uri, verb, call, failures=(Exception,), broken=())
     try:
         from aiobotocore.response import AioReadTimeoutError  # type: ignore[import-untyped]
         from aiohttp import ClientError, ClientPayloadError

@@ -21,7 +21,7 @@ from prompt_diffusion.generation import (
 )
 from prompt_diffusion.studio.history import History, Result
 from prompt_diffusion.studio.limits import MAX_SIZE, MAX_STEPS, read_upload
-from prompt_diffusion.studio.maps import MapMaker
+from prompt_diffusion.studio.maps import StudioAnnotators
 from prompt_diffusion.studio.models import ModelShelf
 from prompt_diffusion.studio.toasts import StoppedError
 from prompt_diffusion.vision_tasks import find_vision_task
@@ -34,7 +34,7 @@ OWN_IF_ZERO = ("num_inference_steps", "guidance_scale", "size")
 class Actions:
     """The page's actions; what belongs to one visitor comes in and goes out with each call."""
 
-    def __init__(self, shelf: ModelShelf, maps: MapMaker) -> None:
+    def __init__(self, shelf: ModelShelf, maps: StudioAnnotators) -> None:
         self.shelf, self.maps = shelf, maps
         self._stops: dict[str, threading.Event] = {}
 
@@ -95,7 +95,11 @@ class Actions:
         """Return the file of a photograph's map."""
         if photograph is None:
             raise ValueError("there is no photograph to make a map of: drop one first")
-        png = self.maps.make_map(_read("photograph", photograph), annotator)
+        data = _read("photograph", photograph)
+        png = self.maps.make_map(data, annotator)
+        note = self.maps.say_limit(data, annotator)
+        if note is not None:
+            gr.Warning(escape(note), duration=15)
         return save_png(png, f"{Path(photograph).stem}-{annotator}")
 
 

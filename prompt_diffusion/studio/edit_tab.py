@@ -89,6 +89,7 @@ def build_edit_tab(samples: Path) -> EditTab:
 def connect_edit_tab(tab: EditTab, actions: Actions, model: gr.Dropdown, history: HistoryView) -> None:
     """Let the buttons do what they say."""
 
+    @toast_errors
     def relabel(way: str) -> list[Any]:
         first, second = _LABELS[way]
         return [gr.Image(label=first), gr.Image(label=second), gr.Dropdown(visible=way == BY_TEXT)]

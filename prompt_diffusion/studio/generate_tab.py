@@ -99,6 +99,7 @@ def connect_generate_tab(tab: GenerateTab, actions: Actions, model: gr.Dropdown,
     """Let the buttons do what they say."""
     maker = tab.maker
 
+    @toast_errors
     def list_annotators(task: str) -> gr.Dropdown:
         choices, default = actions.maps.list_annotators(find_vision_task(task).condition)
         return gr.Dropdown(choices=choices, value=default)

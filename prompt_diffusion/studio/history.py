@@ -47,7 +47,9 @@ class History:
         return replace(self, results=(result, *self.results)[:MAX_HISTORY])
 
     def show(self, index: int) -> "History":
-        """Return the history with that result on the right, and what was there on the left."""
+        """Return the history with that result on the right, and what was there on the left; ValueError where there is none."""
+        if not isinstance(index, int) or not 0 <= index < len(self.results):
+            raise ValueError("there is no such result any more")
         chosen = self.results[index]
         if self.right == chosen:
             return self

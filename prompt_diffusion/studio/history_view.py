@@ -78,6 +78,7 @@ def connect_history_view(
 ) -> None:
     """Let a click bring a result to the right, and the button bring its settings and images back to its tab."""
 
+    @toast_errors
     def choose(history: History, event: gr.SelectData) -> list[Any]:
         chosen = history.show(event.index)
         return [chosen, gr.Row(visible=True), *fill_result(chosen.left), *fill_result(chosen.right)]

@@ -1,13 +1,21 @@
 """What the page takes: how large an upload may be, and how many requests may wait."""
 
-import io
+from abc import ABCMeta
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image
+from gradio.utils import get_upload_folder
+
+from prompt_diffusion.image_files import DECODER_ERRORS, open_image
 
 MAX_UPLOAD_BYTES = 20 * 1024 * 1024
+MAX_BODY_BYTES = 1 << 20
+"""Of a request that uploads nothing."""
+MAX_FOLDER_BYTES = 2 << 30
+"""Of all uploads and results that the page keeps, of all visitors together."""
+MAX_FILES = 5000
+"""How many those may be."""
 MAX_UPLOAD_PIXELS = 16 * 1024 * 1024
 MAX_WAITING = 8
 """Requests that may wait for the model; one more is told to come back."""
@@ -30,9 +38,9 @@ def read_upload(path: str) -> bytes:
         )
     data = file.read_bytes()
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             width, height = image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except DECODER_ERRORS:
         raise ValueError(f"{file.name} is not an image file that can be read: use PNG, JPEG or WebP") from None
     if width * height > MAX_UPLOAD_PIXELS:
         raise ValueError(
@@ -47,7 +55,7 @@ def build_upload(label: str, elem_id: str, height: int = 210) -> gr.Image:
 
     It hands the actions the path of the very file that was uploaded: nothing opens it before they do.
     """
-    image = gr.Image(
+    return _UploadedImage(
         label=label,
         type="filepath",
         image_mode=None,
@@ -58,13 +66,30 @@ def build_upload(label: str, elem_id: str, height: int = 210) -> gr.Image:
         elem_id=elem_id,
         elem_classes="picture",
     )
-    image.preprocess = _take_path  # of this instance: a subclass would have a stub file written beside its module
-    return image
 
 
-def _take_path(payload: Any) -> str | None:  # noqa: ANN401 - gradio's data of a file
+def is_upload(path: str, folder: Path) -> bool:
+    """Say whether a path, wherever its links lead, lies in the folder of uploads."""
+    if "\0" in path:
+        return False
+    try:
+        return Path(path).is_absolute() and Path(path).resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # a name too long, or links in a circle
+        return False
+
+
+def _take_path(image: gr.Image, payload: Any) -> str | None:  # noqa: ANN401 - gradio's data of a file
+    """Return the uploaded file's path; of any other file the answer does not say whether there is one."""
     if payload is None:
         return None
-    if payload.path is None:
-        raise gr.Error("The image did not arrive as a file: drop it again.", print_exception=False)
+    folder = Path(get_upload_folder())
+    if payload.path is None or not is_upload(str(payload.path), folder) or not Path(payload.path).is_file():
+        raise gr.Error("The image is not on this page (any more): drop it again.", print_exception=False)
     return str(payload.path)
+
+
+# A class, since gradio makes a component anew when an action changes its label, and what was set on the old one is lost.
+# Made without gradio's own metaclass call, which would write a stub file beside this module.
+_UploadedImage = ABCMeta.__new__(
+    type(gr.Image), "Image", (gr.Image,), {"preprocess": _take_path, "__module__": __name__}
+)

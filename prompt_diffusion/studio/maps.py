@@ -3,10 +3,12 @@
 from functools import lru_cache
 
 from prompt_diffusion.annotators.base import AnnotateResources, Annotator
+from prompt_diffusion.annotators.bounds import say_limit
 from prompt_diffusion.annotators.choose import can_run, choose_annotator, list_makers
 from prompt_diffusion.annotators.shards import MIRROR
 from prompt_diffusion.annotators.table import build_annotator, find_annotator
 from prompt_diffusion.data.transforms import decode_image, encode_png
+from prompt_diffusion.image_files import open_image
 from prompt_diffusion.settings import Settings
 from prompt_diffusion.store.storage import join_uri
 from prompt_diffusion.vision_tasks import OTHER_VISION_TASKS, VISION_TASKS
@@ -17,7 +19,7 @@ def list_tasks() -> list[tuple[str, str]]:
     return [(name.replace("_to_", " → "), name) for name in (*VISION_TASKS, *OTHER_VISION_TASKS)]
 
 
-class MapMaker:
+class StudioAnnotators:
     """Makes maps with the annotators that can run on this machine."""
 
     def __init__(self, settings: Settings, device: str) -> None:
@@ -35,6 +37,11 @@ class MapMaker:
     def make_map(self, photograph: bytes, annotator: str) -> bytes:
         """Return the map of a photograph as PNG; ValueError, in one sentence, where weights are missing."""
         return encode_png(self._build(annotator).annotate(decode_image(photograph)[None])[0])
+
+    def say_limit(self, photograph: bytes, annotator: str) -> str | None:
+        """Return the sentence that says that a photograph is larger than the annotator sees; None where it is not."""
+        with open_image(photograph) as image:
+            return say_limit(annotator, image.height, image.width, find_annotator(annotator).max_pixels)
 
     def _build_annotator(self, name: str) -> Annotator:
         spec = find_annotator(name)

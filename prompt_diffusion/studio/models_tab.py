@@ -34,7 +34,10 @@ def build_models_tab(shelf: ModelShelf, page: gr.Blocks) -> None:
 
     @toast_errors
     def show(found: tuple[ModelVersionSummary, ...], event: gr.SelectData) -> str:
-        version = found[event.index[0]]
+        row = event.index[0] if isinstance(event.index, list | tuple) and event.index else None
+        if not isinstance(row, int) or not 0 <= row < len(found):
+            raise ValueError("there is no such version in the list: read it again")
+        version = found[row]
         return shelf.read_card(version) or render_facts(version)
 
     page.load(read, outputs=[note, table, versions], api_visibility="private")

@@ -1,6 +1,7 @@
 """Starts the page on this machine: no analytics, no share link, nothing fetched from elsewhere."""
 
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -14,39 +15,42 @@ from prompt_diffusion.settings import Settings
 
 if TYPE_CHECKING:
     from gradio import Blocks
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
-# the page may load and ask nothing but itself, whatever a part of it would like to
-_POLICY = (
-    "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
-    "style-src 'self' 'unsafe-inline'; frame-ancestors 'self'; form-action 'self'; base-uri 'self'"
-)
+MIN_PASSWORD = 12
+"""Characters of a password that is chosen: it can be guessed as fast as requests are answered."""
 
 
-class ContentPolicy:
-    """Adds the policy to every answer."""
+def choose_password(settings: Settings, host: str) -> tuple[str | None, bool]:
+    """Return the password of a page that listens there, and whether it was drawn just now.
 
-    def __init__(self, app: "ASGIApp") -> None:
-        self._app = app
-
-    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
-        """Answer one request."""
-
-        async def send_with_policy(message: "Message") -> None:
-            if message["type"] == "http.response.start":
-                headers = [*message["headers"], (b"content-security-policy", _POLICY.encode())]
-                message = {**message, "headers": headers}
-            await send(message)
-
-        await self._app(scope, receive, send_with_policy)
+    None where the page is this machine's own and none is set; ValueError for one that is too short.
+    """
+    if settings.studio_password is not None:
+        password = settings.studio_password.get_secret_value()
+        if len(password) < MIN_PASSWORD:
+            raise ValueError(
+                f"PROMPT_DIFFUSION_STUDIO_PASSWORD has {len(password)} characters: take at least {MIN_PASSWORD}"
+            )
+        return password, False
+    return (None, False) if host in LOCAL_HOSTS else (secrets.token_urlsafe(18), True)
 
 
-def serve(settings: Settings, model: str, host: str, port: int, device: str, on_ready: Callable[[str], None]) -> None:
+def serve(
+    settings: Settings,
+    model: str,
+    host: str,
+    port: int,
+    device: str,
+    password: str | None,
+    on_ready: Callable[[str], None],
+) -> None:
     """Serve the page until it is interrupted; `on_ready` is told its address.
 
     ValueError where the port cannot be used, or the registry has no such model. A SIGTERM ends it as an interrupt does.
     """
+    if password is None and host not in LOCAL_HOSTS:
+        raise ValueError(f"a page that listens on {host} needs a password")
     _check_port(host, port)
     identify_model(model, settings)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that visitors' files are deleted
@@ -55,26 +59,31 @@ def serve(settings: Settings, model: str, host: str, port: int, device: str, on_
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "files")
         os.environ.setdefault("DO_NOT_TRACK", "1")
-        page = _launch(settings, model, host, port, device, Path(folder))
+        page = _launch(settings, model, host, port, device, password, Path(folder))
         on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
         page.block_thread()
 
 
-def _launch(settings: Settings, model: str, host: str, port: int, device: str, folder: Path) -> "Blocks":
+def _launch(
+    settings: Settings, model: str, host: str, port: int, device: str, password: str | None, folder: Path
+) -> "Blocks":
     from starlette.middleware import Middleware
 
     from prompt_diffusion.studio.actions import Actions
     from prompt_diffusion.studio.app import build_page
+    from prompt_diffusion.studio.door import Door, Rules
     from prompt_diffusion.studio.layout import CSS, THEME
     from prompt_diffusion.studio.limits import MAX_UPLOAD_BYTES
-    from prompt_diffusion.studio.maps import MapMaker
+    from prompt_diffusion.studio.maps import StudioAnnotators
     from prompt_diffusion.studio.models import ModelShelf
 
     is_local = host in LOCAL_HOSTS
+    names = frozenset(name.lower() for name in (*LOCAL_HOSTS, *(() if is_local else (host, socket.gethostname()))))
+    rules = Rules(names, takes_addresses=not is_local, folder=folder / "files", password=password)
     samples = folder / "samples"
     samples.mkdir()
     shelf = ModelShelf(settings, model, device, takes_folders=is_local)
-    page = build_page(Actions(shelf, MapMaker(settings, device)), samples, model, takes_folders=is_local)
+    page = build_page(Actions(shelf, StudioAnnotators(settings, device)), samples, model, takes_folders=is_local)
     page.launch(
         server_name=host,
         server_port=port,
@@ -90,7 +99,7 @@ def _launch(settings: Settings, model: str, host: str, port: int, device: str, f
         enable_monitoring=False,
         theme=THEME,
         css=CSS,
-        app_kwargs={"middleware": [Middleware(ContentPolicy)]},
+        app_kwargs={"middleware": [Middleware(Door, rules=rules)]},
         prevent_thread_lock=True,
     )
     return page

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prompt_diffusion.settings import Settings
-from prompt_diffusion.tracking.client import check_tracking_uri, connect, find_or_create_run, knock
+from prompt_diffusion.tracking.client import check_tracking_uri, connect, find_or_create_run, hide_password, knock
 from prompt_diffusion.tracking.outbox import Outbox, Record, list_outboxes
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def deliver_outboxes(settings: Settings) -> list[Outbox]:
         try:
             courier.deliver()
         except Exception as error:  # whatever MLflow, its database or its artifact store raise: the others go on
-            logger.warning("MLflow is told later, from %s: %s", outbox.path, error)
+            logger.warning("MLflow is told later, from %s: %s", outbox.path, hide_password(str(error)))
             left.append(outbox)
         else:
             outbox.clear(courier.position)

@@ -1,6 +1,7 @@
 """What MLflow's run says about a training beside its curves: configuration, inputs, code, versions; imports no torch."""
 
 import getpass
+import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,8 +28,16 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def collect_tags() -> dict[str, str]:
     """Return git revision, versions and user, as tags; those that MLflow's page knows under its own names."""
     versions = {f"version.{name}": version for name, version in find_versions().items()}
-    source = {"mlflow.user": getpass.getuser(), "mlflow.source.name": _PACKAGE.name, "mlflow.source.type": "LOCAL"}
+    source = {"mlflow.user": find_user(), "mlflow.source.name": _PACKAGE.name, "mlflow.source.type": "LOCAL"}
     return find_revision(_PACKAGE) | versions | source
+
+
+def find_user() -> str:
+    """Return who runs this: a name, or the number of a user without one, as containers have them."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # no variable names the user, and there is no entry in the passwd file
+        return f"uid {os.getuid()}"
 
 
 def find_revision(package: Path) -> dict[str, str]:
@@ -37,7 +46,7 @@ def find_revision(package: Path) -> dict[str, str]:
         # A package that is installed inside of somebody else's checkout is not tracked there: that revision is not ours.
         _ask_git(package, "ls-files", "--error-unmatch", "__init__.py")
         revision, changes = _ask_git(package, "rev-parse", "HEAD"), _ask_git(package, "status", "--porcelain")
-    except (FileNotFoundError, subprocess.CalledProcessError):
+    except (OSError, subprocess.CalledProcessError):  # no git, or none that may be run
         return {}
     return {"git.revision": revision, "git.is_dirty": str(bool(changes)), "mlflow.source.git.commit": revision}
 

@@ -23,15 +23,15 @@ from prompt_diffusion.settings import Settings
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import ManifestRef, open_manifest
 from prompt_diffusion.store.storage import read_bytes
-from prompt_diffusion.tracking.client import FINGERPRINT_TAG, check_tracking_uri
+from prompt_diffusion.tracking.client import FINGERPRINT_TAG, check_tracking_uri, hide_password
 from prompt_diffusion.tracking.delivery import Courier, find_folder
 from prompt_diffusion.tracking.facts import collect_tags, flatten
+from prompt_diffusion.tracking.finishing import MODEL_FILES
 from prompt_diffusion.tracking.outbox import Outbox
 
 logger = logging.getLogger(__name__)
 
 DELIVER_COMMAND = f"{Path(sys.executable).name} -m prompt_diffusion.tracking"
-_MODEL_FILES = ("grid.png", "losses.parquet", "config.json")
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 30.0
 _FINISH_SECONDS, _STOP_SECONDS = 60.0, 10.0
 
@@ -102,7 +102,7 @@ class RunTracker:
         Where it does not by then, a warning says how the rest is delivered.
         """
         manifest = open_manifest(model.uri)
-        for name in _MODEL_FILES:
+        for name in MODEL_FILES:
             self.outbox.keep_file(name, manifest.read_file(name))
         self._end("FINISHED", limit_seconds)
 
@@ -139,7 +139,7 @@ class RunTracker:
                 self._courier.deliver()
             except Exception as error:  # whatever MLflow, its database or its artifact store raise: training goes on
                 if pause == _FIRST_PAUSE_SECONDS:
-                    logger.warning("MLflow is told later, from %s: %s", self.outbox.path, error)
+                    logger.warning("MLflow is told later, from %s: %s", self.outbox.path, hide_password(str(error)))
                 if time.monotonic() > self._give_up_at:
                     return
                 # While the end of the training waits for this thread, it tries every second.

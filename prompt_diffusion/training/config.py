@@ -8,6 +8,8 @@ from prompt_diffusion.engine.config import NoiseConfig, OptimizerConfig
 from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.vision_tasks import VISION_TASKS, ExamplePolicy, find_vision_task
 
+Draw = Literal["row", "group"]
+
 
 class DropoutConfig(FrozenModel):
     """One uniform number u a sample decides whether its text is emptied and whether its example pair becomes mid-grey.
@@ -28,14 +30,15 @@ class DropoutConfig(FrozenModel):
 class SamplingConfig(FrozenModel):
     """How images are generated with the model: in the validation grid, and by its pipeline unless a call says otherwise."""
 
-    num_inference_steps: int = Field(default=50, ge=1)
+    num_inference_steps: int = Field(default=50, ge=1, le=1000)
     """Denoising steps."""
     guidance_scale: float = Field(default=7.5, ge=1.0)
     """Guidance weight; 1 is no guidance, which the grid's image-to-map rows always have."""
 
 
 class TrainConfig(FrozenModel):
-    """The recipe of one training; the defaults are the published facts (see ``presets.paper`` for their sources)."""
+    """The recipe of one training; the defaults are the published facts (see ``presets.paper`` for their
+    sources), but for ``draw`` and ``sampling``."""
 
     base: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     """Base model: ``demo-base``, a folder in diffusers' layout, a hub's repository (``name`` or ``name@revision``), or a
@@ -48,6 +51,9 @@ class TrainConfig(FrozenModel):
     """Prompt Diffusion, or the task-specific baseline CN(FT): the same loop with the query alone."""
     vision_tasks: tuple[str, ...] = tuple(VISION_TASKS)
     """Vision tasks, drawn uniformly."""
+    draw: Draw = "row"
+    """What an epoch visits once: every row, or every prompt group by one of its rows, drawn anew each epoch (as published);
+    by row, a group of four pairs counts four times a group of one."""
     image_to_map_examples: dict[ExamplePolicy, float] = {"same_group": 1.0}
     """Where the example pair of an image-to-map sample comes from: policies and their shares."""
     map_to_image_examples: dict[ExamplePolicy, float] = {"same_group": 1.0}
@@ -66,9 +72,9 @@ class TrainConfig(FrozenModel):
     """Train the UNet's decoder, too, as published (in its code the flag that should lock the decoder is inverted)."""
     sampling: SamplingConfig = SamplingConfig()
     """How images are generated with the model; saved with it."""
-    batch_size: int = Field(default=512, ge=1)
+    batch_size: int = Field(default=512, ge=1, le=1_000_000)
     """Samples a step, over all processes and micro-batches."""
-    num_steps: int = Field(default=5000, ge=1)
+    num_steps: int = Field(default=5000, ge=1, le=1_000_000_000)
     """Optimizer steps."""
     seed: int = 0
     """Seed of the sample order, the noise and the new weights."""

@@ -43,6 +43,8 @@ def render_validation_grid(
             queries,
             guidance_scale=config.sampling.guidance_scale if task.direction == "map_to_image" else 1.0,
             num_inference_steps=config.sampling.num_inference_steps,
+            height=queries.shape[1],
+            width=queries.shape[2],
             generator=[torch.Generator().manual_seed(row) for row in range(len(samples))],
             output_type="uint8",
         ).images

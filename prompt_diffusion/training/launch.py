@@ -25,6 +25,9 @@ SAVING_SECONDS = 60
 """Time that a process has, once it is asked to stop, for the step that it is in and for a checkpoint."""
 LAUNCHER_VARIABLE = "PROMPT_DIFFUSION_LAUNCHER_PID"
 """Names the process that a training ends with; run by hand, a training has none."""
+_TORCHRUN_VARIABLES = {
+    f"{prefix}{name}" for prefix in ("", "LOCAL_", "GROUP_", "ROLE_") for name in ("RANK", "WORLD_SIZE")
+} | {"MASTER_ADDR", "MASTER_PORT"}
 _GRACE_SECONDS = SAVING_SECONDS + 30.0
 
 
@@ -47,16 +50,24 @@ def build_command(spec_uri: str, resources: TrainResources) -> list[str]:
     # addresses that nothing listens on: each attempt then fails or hangs, now and again. May go when that is mended.
     own_store = ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={resources.num_processes}"]
+    torchrun += ["--log-dir", os.devnull]  # the processes' output is ours anyway; else a folder is left each time
     patience = [f"--max-restarts={MAX_RESTARTS}", f"--shutdown-timeout={SAVING_SECONDS}"]
     return [*own_store, sys.executable, *torchrun, *patience, *target]
 
 
 def run_command(command: list[str], resources: TrainResources, on_event: OnEvent) -> ManifestRef | None:
     """Run the command, pass its events on, and return what it sealed; an interrupt lets the training save first."""
-    environment = os.environ | {
+    # What a batch system or an outer torchrun left there is not ours: torchrun sets its own for its processes.
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _TORCHRUN_VARIABLES and not name.startswith("TORCHELASTIC_")
+    }
+    environment = inherited | {
         "OMP_NUM_THREADS": str(resources.threads_per_process),
         "OMP_WAIT_POLICY": "PASSIVE",  # a thread that waits sleeps: spinning costs far more where the machine is shared
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "PYTHONSAFEPATH": "1",  # nothing is imported from the current folder, such as a user's own random.py
         LAUNCHER_VARIABLE: str(os.getpid()),
     }
     model: ManifestRef | None = None

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from prompt_diffusion.data.records import ARRAY_SHAPES_KEY, CONDITION_MAP_SCHEMA, IMAGE_PAIR_SCHEMA
 from prompt_diffusion.data.transforms import decode_image
 from prompt_diffusion.device import name_device, refuse
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.store.manifest import Manifest, StoredFile, open_manifest
-from prompt_diffusion.store.storage import join_uri, open_input
+from prompt_diffusion.store.storage import join_uri
 from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.inputs import TrainInputs
 
@@ -89,9 +88,9 @@ def _check_rows(config: TrainConfig, uris: Sequence[str]) -> None:
     """Refuse fewer training samples in all image pairs than a batch; reads shards only until there are enough."""
     found = 0
     for uri in uris:
-        for shard in open_manifest(uri).shards:
-            with open_input(join_uri(uri, shard.path)) as file:
-                split = pq.read_table(file, columns=["split"])["split"]
+        manifest = open_manifest(uri)
+        for shard in manifest.shards:
+            split = manifest.read_columns(shard, ["split"])["split"]
             found += pc.sum(pc.equal(split, "train")).as_py() or 0
             if found >= config.batch_size:
                 return
@@ -133,8 +132,7 @@ def _read_first_row(manifest: Manifest, columns: Mapping[str, Any]) -> dict[str,
     """Return the first row; ValueError names a column that is missing or of another type (None takes any)."""
     shard = _first_shard(manifest)
     uri = join_uri(manifest.ref.uri, shard.path)
-    with open_input(uri) as file:
-        parquet = pq.ParquetFile(file, buffer_size=_READ_BYTES, pre_buffer=False)
+    with manifest.open_shard(shard, buffer_size=_READ_BYTES, pre_buffer=False) as parquet:
         _check_columns(uri, parquet.schema_arrow, columns)
         row: dict[str, Any] = next(parquet.iter_batches(1, columns=list(columns))).to_pylist()[0]
     return row
@@ -150,8 +148,8 @@ def _check_columns(uri: str, schema: pa.Schema, columns: Mapping[str, Any]) -> N
 
 
 def _read_latent_shape(manifest: Manifest) -> tuple[int, ...]:
-    with open_input(join_uri(manifest.ref.uri, _first_shard(manifest).path)) as file:
-        metadata = pq.read_schema(file).metadata or {}
+    with manifest.open_shard(_first_shard(manifest)) as file:
+        metadata = file.schema_arrow.metadata or {}
     return tuple(json.loads(metadata[ARRAY_SHAPES_KEY])["edited_mean"])
 
 

@@ -37,14 +37,15 @@ def main(spec_uri: str) -> int:
     Under torchrun always 0 once the last event is printed: it restarts a process that ends with any other code.
     """
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
-    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     spec = TrainSpec.model_validate_json(read_bytes(spec_uri))
+    is_alone = spec.resources.num_processes == 1  # whatever a shell or a batch system left in the environment
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and not is_alone
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)  # before the loop and after it; the loop itself ends its step first
     end_with_launcher(os.getppid() if under_torchrun else None)
     try:
         check_gpus(spec.resources, torch.cuda.device_count())
-        with join_world(spec.resources.device, spec.resources.threads_per_process) as world:
+        with join_world(spec.resources.device, spec.resources.threads_per_process, is_alone=is_alone) as world:
             ref = run_train(Train(spec.config, spec.inputs), spec.store_root, spec.resources, world, emit)
             if ref is not None and world.is_main:
                 emit(SealedEvent(manifest=ref))

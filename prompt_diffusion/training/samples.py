@@ -17,11 +17,11 @@ from torch import Tensor
 
 from prompt_diffusion.data.dataset import InContextData, check_aligned, check_made_of
 from prompt_diffusion.data.records import Split
-from prompt_diffusion.data.sampler import RowOrder, sample_generator
+from prompt_diffusion.data.sampler import GroupOrder, Order, RowOrder, sample_generator
 from prompt_diffusion.data.shard_cache import Array, ShardCache
 from prompt_diffusion.engine.noise import draw_timestep
 from prompt_diffusion.store.manifest import Manifest, open_manifest
-from prompt_diffusion.training.config import TrainConfig
+from prompt_diffusion.training.config import Draw, TrainConfig
 from prompt_diffusion.training.inputs import IMAGE_TARGET, TrainInputs
 from prompt_diffusion.vision_tasks import VisionTask, find_vision_task
 
@@ -89,7 +89,9 @@ class InContextBatch:
 class TrainingData:
     """One split of a dataset, with latents and text embeddings."""
 
-    def __init__(self, inputs: TrainInputs, cache: ShardCache, seed: int, split: Split = "train") -> None:
+    def __init__(
+        self, inputs: TrainInputs, cache: ShardCache, seed: int, split: Split = "train", draw: Draw = "row"
+    ) -> None:
         """Open the inputs; ValueError where they do not belong together."""
         pairs = open_manifest(inputs.pairs.uri)
         maps = {condition: open_manifest(ref.uri) for condition, ref in inputs.maps.items()}
@@ -101,7 +103,9 @@ class TrainingData:
             manifest = open_manifest(ref.uri)
             check_aligned(manifest, "images", pairs if target == IMAGE_TARGET else maps[target])
             self.latents[None if target == IMAGE_TARGET else target] = manifest
-        self.order = RowOrder(seed, self.rows.shard_rows)
+        self.order: Order = RowOrder(seed, self.rows.shard_rows)
+        if draw == "group":
+            self.order = GroupOrder(seed, self.rows.shard_rows, self.rows.group_ids)
         self.cache = cache
 
     @property
@@ -157,7 +161,7 @@ def open_training_data(
 ) -> dict[str, TrainingData]:
     """Open the data of each vision task of a recipe; tasks of one dataset share it."""
     used = inputs.narrow(config.vision_tasks)
-    datasets = [TrainingData(each, cache, config.seed, split) for each in used.datasets]
+    datasets = [TrainingData(each, cache, config.seed, split, config.draw) for each in used.datasets]
     return {name: datasets[used.find_dataset(name)] for name in config.vision_tasks}
 
 

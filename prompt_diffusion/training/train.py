@@ -3,7 +3,7 @@
 import io
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,6 +18,7 @@ from prompt_diffusion.engine.distributed import World
 from prompt_diffusion.engine.events import OnEvent
 from prompt_diffusion.engine.loop import run_loop
 from prompt_diffusion.engine.objective import LoopPlan
+from prompt_diffusion.engine.ownership import own_stage
 from prompt_diffusion.model.base import Base, load_base
 from prompt_diffusion.model.controlnet import (
     PromptDiffusionControlNet,
@@ -53,13 +54,28 @@ def run_train(
 ) -> ManifestRef | None:
     """Train to the last step, resuming from the newest checkpoint, and seal; every process of the world calls it.
 
+    Another run of the same training is waited for.
     Returns the sealed reference on the main process, None on the others. Seals ``pipeline/`` (diffusers' layout),
     ``losses.parquet`` (step, vision_task, loss, num_samples), ``config.json`` and ``grid.png`` (validation samples).
     """
-    config, inputs, identity = stage.config, stage.inputs, stage.identity
+    identity = stage.identity
     sealed = find_sealed(identity, store_root)
     if sealed is not None:
         return sealed
+    with own_stage(identity.uri(store_root), world) as check_owner:
+        sealed = find_sealed(identity, store_root)  # another run may have ended it while this one waited
+        return sealed or _train(stage, store_root, resources, world, on_event, check_owner)
+
+
+def _train(
+    stage: Train,
+    store_root: str,
+    resources: TrainResources,
+    world: World,
+    on_event: OnEvent | None,
+    check_owner: Callable[[], None],
+) -> ManifestRef | None:
+    config, inputs, identity = stage.config, stage.inputs, stage.identity
     base = load_base(config.base)
     check_recipe(config, base)
     check_base(config, base, inputs)
@@ -79,7 +95,11 @@ def run_train(
             objective,
             parameters,
             LoopPlan(
-                config.num_steps, config.batch_size, config.optimizer, join_uri(identity.uri(store_root), "checkpoints")
+                config.num_steps,
+                config.batch_size,
+                config.optimizer,
+                join_uri(identity.uri(store_root), "checkpoints"),
+                check_owner,
             ),
             resources,
             world,
@@ -96,7 +116,8 @@ def run_train(
     pipeline = PromptDiffusionPipeline.from_parts(
         base, controlnet.eval(), sampling.num_inference_steps, sampling.guidance_scale, default_image_size=len(shown)
     ).to("cpu", memory_format=torch.contiguous_format)
-    return _seal_model(config, identity, store_root, pipeline, state, grid)
+    check_owner()
+    return _seal_model(config, identity, store_root, pipeline, state, grid, world.size)
 
 
 def build_controlnet(config: TrainConfig, base: Base) -> PromptDiffusionControlNet:
@@ -155,6 +176,7 @@ def _seal_model(
     pipeline: PromptDiffusionPipeline,
     state: TrainState,
     grid: bytes,
+    num_processes: int,
 ) -> ManifestRef:
     with tempfile.TemporaryDirectory() as folder:
         pipeline.save_pretrained(folder, safe_serialization=True)
@@ -169,6 +191,7 @@ def _seal_model(
         "steps": state.step,
         "samples": state.step * config.batch_size,
         "skipped_steps": state.num_skipped,
+        "processes": num_processes,  # no part of the identity, though sums over other shares round otherwise
     }
     return seal_manifest(identity, store_root, files, counts=counts)
 

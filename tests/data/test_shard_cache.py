@@ -39,6 +39,12 @@ def manifest(store_root):
     return open_manifest(run_sharded_stage(identity, store_root, SHARDS, make_shard).uri)
 
 
+@pytest.fixture
+def local_manifest(tmp_store):
+    identity = StageIdentity(stage="test", version=1, config={}, inputs={})
+    return open_manifest(run_sharded_stage(identity, tmp_store, SHARDS, make_shard).uri)
+
+
 def check_every_row(cache, manifest):
     for shard in range(SHARDS):
         colour, grey, values = make_images(shard)
@@ -122,3 +128,104 @@ def test_the_index_is_read_without_fetching_images(manifest):
     index = manifest.read_index(["sample_id"])
     assert index.column_names == ["sample_id"]
     assert index["sample_id"].to_pylist() == [f"{shard}-{row}" for shard in range(SHARDS) for row in range(ROWS)]
+
+
+def list_entries(cache):
+    return sorted(path for path in cache.iterdir() if not path.name.startswith("."))
+
+
+def zero(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def turn_into_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGES = {
+    "deleted": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "zeroed": zero,
+    "flipped": flip,
+    "cut short": cut,
+    "a folder": turn_into_folder,
+    "a link to nothing": lambda path: (path.unlink(), path.symlink_to("nowhere")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", ["layout.json", "column-000", "column-001", "column-002"])
+def test_an_entry_that_is_not_as_it_was_written_is_made_anew(local_manifest, tmp_path, file, damage):
+    def list_files():
+        return {path: path.stat().st_ino for entry in list_entries(tmp_path / "cache") for path in entry.iterdir()}
+
+    check_every_row(ShardCache(tmp_path / "cache"), local_manifest)
+    for entry in list_entries(tmp_path / "cache"):
+        DAMAGES[damage](entry / file)
+    check_every_row(ShardCache(tmp_path / "cache"), local_manifest)
+    files = list_files()
+    assert {path.name for path in files} == {"layout.json", "column-000", "column-001", "column-002"}
+    check_every_row(ShardCache(tmp_path / "cache"), local_manifest)
+    assert list_files() == files  # what stands there now serves the next process as it is
+
+
+@pytest.mark.parametrize("damage", ["deleted", "empty", "a folder", "a link to nothing"])
+def test_a_column_that_goes_while_it_is_open_is_made_anew(local_manifest, tmp_path, damage):
+    cache = ShardCache(tmp_path / "cache")
+    check_every_row(cache, local_manifest)
+    for entry in list_entries(tmp_path / "cache"):
+        DAMAGES[damage](entry / "column-001")
+    check_every_row(cache, local_manifest)
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", "null", '{"content": 3, "digest": 3}', "{", '{"photo": {"shape": [8]}}']
+)
+def test_any_other_layout_is_made_anew(local_manifest, tmp_path, content):
+    ShardCache(tmp_path / "cache").fetch(local_manifest, 0)
+    (entry,) = list_entries(tmp_path / "cache")
+    (entry / "layout.json").write_text(content)
+    check_every_row(ShardCache(tmp_path / "cache"), local_manifest)
+
+
+def test_a_file_in_the_place_of_an_entry_is_replaced(local_manifest, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / local_manifest.shards[0].sha256).write_text("no folder")
+    check_every_row(ShardCache(tmp_path / "cache"), local_manifest)
+
+
+def test_a_cache_that_keeps_nothing_is_an_error_and_no_endless_loop(local_manifest, tmp_path, monkeypatch):
+    fill = ShardCache._fill
+
+    def fill_and_lose(self, place, manifest, shard):
+        fill(self, place, manifest, shard)
+        (place / "layout.json").unlink()
+
+    monkeypatch.setattr(ShardCache, "_fill", fill_and_lose)
+    with pytest.raises(OSError, match=r"the shard cache .* loses shard-00001"):
+        ShardCache(tmp_path / "cache").read_row(local_manifest, 1, "photo", 0)
+
+
+def test_no_column_s_name_leads_out_of_the_cache(tmp_store, tmp_path):
+    cells = [{"bytes": encode_png(np.zeros((2, 2, 3), np.uint8)), "path": None}]
+    identity = StageIdentity(stage="test", version=1, config={"names": "odd"}, inputs={})
+    names = ["../../../escaped", "/tmp/escaped", "layout.json", "a/b"]
+    table = pa.table({name: pa.array(cells, IMAGE_TYPE) for name in names})
+    manifest = open_manifest(run_sharded_stage(identity, tmp_store, 1, lambda index: (table, [])).uri)
+    cache = ShardCache(tmp_path / "deep" / "cache")
+    for name in names:
+        assert cache.read_row(manifest, 0, name, 0).shape == (2, 2, 1)
+    (entry,) = list_entries(tmp_path / "deep" / "cache")
+    assert len(list(entry.iterdir())) == 5
+    assert {path.name for path in tmp_path.iterdir()} <= {"deep", "store"}

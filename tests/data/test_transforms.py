@@ -295,6 +295,92 @@ def test_a_bomb_of_text_in_a_small_image_is_refused() -> None:
         decode_image(data)
 
 
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        {"zTXt": b"Workflow\0\0" + zlib.compress(bytes(2 * 2**20))},
+        {"iCCP": b"Printer\0\0" + zlib.compress(bytes(5 * 2**20))},
+        {"tEXt": b"Comment\0" + b"x" * 2**21},
+    ],
+    ids=["text of an editor", "profile of a printer", "plain text"],
+)
+def test_an_intact_picture_with_much_beside_its_pixels_is_read(chunks: dict[str, bytes]) -> None:
+    assert decode_image(make_png((2, 1), 8, 0, [bytes([1, 2])], **chunks))[..., 0].tolist() == [[1, 2]]
+
+
+def make_exif(*entries: bytes, num_entries: int | None = None) -> bytes:
+    """Return an EXIF block of entries of 12 bytes; the rational -1/0 stands behind them."""
+    count = len(entries) if num_entries is None else num_entries
+    head = b"Exif\0\0II*\0" + struct.pack("<IH", 8, count)
+    return head + b"".join(entries) + struct.pack("<I", 0) + struct.pack("<ii", -1, 0)
+
+
+TURNED = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+
+
+@pytest.mark.parametrize(
+    ("exif", "is_turned"),
+    [
+        (make_exif(TURNED, struct.pack("<HHII", 0x829A, 10, 1, 38)), True),  # an exposure of -1/0 seconds, signed
+        (make_exif(TURNED, struct.pack("<HHII", 0x829A, 5, 1, 38)), True),  # the same bytes, unsigned
+        (make_exif(TURNED, struct.pack("<HHII", 0x829A, 5, 9, 2**31)), True),  # beyond the end
+        (make_exif(struct.pack("<HHI4s", 0x0112, 2, 4, b"six\0")), False),  # an orientation in words
+        (make_exif(TURNED, num_entries=60_000), True),
+        (b"Exif\0\0II*", False),
+        (b"Exif\0\0", False),
+    ],
+)
+def test_odd_exif_of_an_intact_picture_does_not_matter(exif: bytes, is_turned: bool) -> None:
+    data = encode(Image.new("RGB", (16, 8), (200, 0, 0)), "JPEG", exif=exif)
+    assert decode_image(data).shape == ((16, 8, 3) if is_turned else (8, 16, 3))
+
+
+def make_dds(pixel_format: int) -> bytes:
+    header = struct.pack("<7I44x", 124, 0x1007, 4, 4, 0, 0, 0)
+    fourcc = struct.pack("<2I4s5I", 32, 0x4, struct.pack("<I", pixel_format), 0, 0, 0, 0, 0)
+    return b"DDS " + header + fourcc + bytes(20) + bytes(64)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(make_dds(0x30315859), id="DDS"),
+        pytest.param(b"BLP2" + struct.pack("<iBBBB2I", 1, 9, 8, 0, 0, 4, 4) + bytes(2000), id="BLP2"),
+        pytest.param(b"BLP1" + struct.pack("<6i", 7, 0, 4, 4, 9, 9) + bytes(2000), id="BLP1"),
+        pytest.param(b"\x00\x00\x01\x00\x01\x00" + bytes(40), id="ICO"),
+        pytest.param(b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 4, 4, 8, 9) + bytes(40), id="PSD"),
+        pytest.param(b"P7\nWIDTH 2\nENDHDR\n", id="PAM"),
+        pytest.param(b"qoif" + struct.pack(">2I2B", 4, 4, 9, 9), id="QOI"),
+        pytest.param(b"\x59\xa6\x6a\x95" + bytes(40), id="SUN"),
+        pytest.param(b"SIMPLE  =                    T" + b" " * 2850, id="FITS"),
+    ],
+)
+def test_a_format_that_pillow_reads_in_part_is_refused_and_nothing_else(data: bytes) -> None:
+    with pytest.raises(ValueError, match=r"^the image [^\n]*$"):
+        decode_image(data)
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, ZeroDivisionError, RecursionError, AssertionError, KeyError])
+def test_whatever_a_decoder_raises_is_a_value_error_with_a_reason(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def fail(*args: object) -> None:
+        raise error
+
+    data = encode_png(np.zeros((4, 4, 3), np.uint8))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    with pytest.raises(ValueError, match=f"^the image cannot be decoded: {error.__name__}$"):
+        decode_image(data)
+
+
+@pytest.mark.parametrize(
+    ("white", "expected"), [(65535, [0, 4, 39, 255]), (10_000, [0, 26, 255, 255]), (1, [0, 255, 255, 255])]
+)
+def test_16_bit_grey_is_scaled_by_the_value_that_is_white(white: int, expected: list[int]) -> None:
+    assert decode_image(make_16_bit([0, 1_000, 10_000, 65_535]), white)[0, :, 0].tolist() == expected
+    assert decode_image(encode(Image.new("L", (1, 1), 77)), white)[0, 0, 0] == 77
+
+
 def test_floating_point_pixels_are_refused() -> None:
     with pytest.raises(ValueError, match="floating-point"):
         decode_image(encode(Image.new("F", (2, 2)), "TIFF"))

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from prompt_diffusion.engine import distributed
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.engine.distributed import SINGLE_PROCESS, World, join_world
 from prompt_diffusion.engine.loop import Stopped, run_loop
 from tests.engine.objectives import BATCH_SIZE, Parabola, plan_loop, signal_at, train
+from tests.sharing import find_free_ports
+from tests.warm import WarmProcess
 
 
 def _reduce_gradients_in_small_buckets(world: World) -> list[list[float]]:
@@ -50,8 +51,10 @@ def _train_by_two_by_one_by_two(rank: int, folder: str, port: int) -> None:
     Path(folder, f"rank-{rank}.json").write_text(json.dumps(result))
 
 
-def test_two_processes_one_and_two_again_see_one_stream_and_lose_nothing(tmp_path, free_tcp_port):
-    spawn(_train_by_two_by_one_by_two, args=(str(tmp_path), free_tcp_port), nprocs=2)
+def test_two_processes_one_and_two_again_see_one_stream_and_lose_nothing(tmp_path):
+    (port,) = find_free_ports()
+    ranks = [WarmProcess(_train_by_two_by_one_by_two, rank, str(tmp_path), port) for rank in (0, 1)]
+    assert [rank.wait() for rank in ranks] == [0, 0]
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
     assert [len(part) for part in first["asked"]] == [6, 9, 6]
     assert [len(part) for part in second["asked"]] == [6, 6]

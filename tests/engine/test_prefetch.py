@@ -4,6 +4,7 @@ import threading
 
 from prompt_diffusion.engine.distributed import SINGLE_PROCESS, World
 from prompt_diffusion.engine.prefetch import Prefetcher
+from tests.sharing import PATIENCE_SECONDS
 
 BATCH_SIZE = 8
 
@@ -19,7 +20,7 @@ def test_micro_batches_are_prepared_ahead_across_steps_but_only_a_few():
 
     with Prefetcher(prepare, range(100), BATCH_SIZE, SINGLE_PROCESS, micro_batch_size=4, num_threads=2) as batches:
         assert next(batches.take(0)) == range(4)
-        assert has_enough.wait(60), "nothing of the second step was prepared during the first"
+        assert has_enough.wait(PATIENCE_SECONDS), "nothing of the second step was prepared during the first"
     # the block ends when the threads have: what they were given before is done or cancelled, and nothing came after
     assert sorted(prepared, key=lambda indices: indices.start) == [range(i, i + 4) for i in range(0, 16, 4)]
 

@@ -112,9 +112,11 @@ def test_impossible_cells_are_refused(change: dict[str, Any]) -> None:
         CellResult.model_validate({**cell, **change})
 
 
-def seal_table(store: str, created: str) -> None:
+def seal_table(store: str, created: str, training: str = "0" * 32) -> None:
     identity = StageIdentity(stage=STAGE, version=1, config={"created": created}, inputs=())
-    data = json.dumps(build_table(created=created).model_dump()).encode()
+    table = build_table(created=created)
+    table.provenance["fingerprints"] = {"model / CN(FT)": "f" * 32, "model / Prompt Diffusion": training}
+    data = json.dumps(table.model_dump()).encode()
     seal_manifest(identity, store, [write_file(identity, store, TABLE_FILE, data)], counts={"rows": 12})
 
 
@@ -122,6 +124,15 @@ def test_the_newest_table_is_found_by_the_time_it_says(store_root: str) -> None:
     for created in ("2026-03-01T00:00:00+00:00", "2026-05-01T00:00:00+00:00", "2026-04-01T00:00:00+00:00"):
         seal_table(store_root, created)
     assert find_newest_table(store_root).provenance["created"] == "2026-05-01T00:00:00+00:00"
+
+
+def test_another_model_s_table_is_found_by_its_training(tmp_store: str) -> None:
+    seal_table(tmp_store, "2026-03-01T00:00:00+00:00", "a" * 32)
+    seal_table(tmp_store, "2026-05-01T00:00:00+00:00", "b" * 32)
+    assert find_newest_table(tmp_store).training == "b" * 32
+    assert find_newest_table(tmp_store, "aaaa").training == "a" * 32
+    with pytest.raises(ValueError, match=f"no table of training cccc .*: there are those of {'a' * 32}, {'b' * 32}"):
+        find_newest_table(tmp_store, "cccc")
 
 
 def test_a_store_without_a_table_says_so(tmp_store: str) -> None:

@@ -25,8 +25,7 @@ DEPLOYMENTS = {
 # What nobody can guess: a user's own pairs.
 REQUIRED = {"train/custom": ["folder", "condition"]}
 
-# Children of children of children: seconds on an idle machine, minutes on a busy one.
-pytestmark = [pytest.mark.timeout(1200), pytest.mark.usefixtures("deployments")]
+pytestmark = pytest.mark.usefixtures("deployments")
 
 
 @pytest.mark.usefixtures("in_process")

@@ -6,10 +6,10 @@ from flows.annotate import annotate_six_task
 from flows.train import train_six_task
 from prompt_diffusion.data.ingest import IngestConfig, build_source
 from prompt_diffusion.data.records import ImagePair
-from prompt_diffusion.data.sources.export import write_instruct_pix2pix_folder, write_instruct_pix2pix_parquet
 from prompt_diffusion.data.sources.photos import PhotosConfig
 from prompt_diffusion.store.manifest import open_manifest
 from prompt_diffusion.store.storage import join_uri
+from tests.data.sources.export import write_instruct_pix2pix_folder, write_instruct_pix2pix_parquet
 
 VISION_TASKS = ["hed_to_image", "image_to_hed", "canny_to_image", "image_to_canny"]
 
@@ -27,7 +27,6 @@ def exported(request, s3_store):
     return {"kind": "instruct_pix2pix", "uri": uri}, len(pairs)
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("in_process")
 def test_photographs_are_ingested_annotated_and_trained_on_from_s3_to_s3(exported, s3_store):
     source, num_pairs = exported

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 CHECKOUT = Path(__file__).parents[2]
 
 
-@pytest.mark.timeout(600)
 def test_a_fan_out_on_postgres_makes_every_shard_without_an_error() -> None:
     if not list(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl")):
         pytest.skip("no Postgres: Debian's package postgresql is not installed")

@@ -1,5 +1,6 @@
 """The whole method on the smoke preset: once made, nothing of it is made again."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,23 +8,25 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.embedded import reproduce_here
+from flows.evaluate import evaluate
 from flows.reproduce import reproduce
 from flows.run import start_run
-from flows.stages import find_benchmark
+from flows.stages import find_benchmark, find_models
 from flows.train import train_six_task
+from prompt_diffusion.evaluation.cells import read_cell
 from prompt_diffusion.evaluation.table import BenchmarkTable, read_table
 from prompt_diffusion.store.manifest import ManifestRef
 
 # Two of the six vision tasks, so two baselines and four cells instead of six and twelve.
 TWO_TASKS = {"train.vision_tasks": ["depth_to_image", "image_to_depth"]}
 
-pytestmark = [pytest.mark.timeout(1200), pytest.mark.usefixtures("in_process")]
+pytestmark = pytest.mark.usefixtures("in_process")
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return the store that the tests of this module share, in their order."""
-    return str(tmp_path_factory.mktemp("reproduce") / "store")
+def store(tmp_path_factory: pytest.TempPathFactory, copy_smoke_inputs: Callable[[Path], str]) -> str:
+    """Return the store that the tests of this module share, in their order; what is trained on is sealed already."""
+    return copy_smoke_inputs(tmp_path_factory.mktemp("reproduce") / "store")
 
 
 @pytest.fixture
@@ -83,3 +86,19 @@ def test_a_deleted_manifest_is_made_again_whatever_prefect_remembers(table: Mani
     Path(table.uri, "manifest.parquet").unlink()
     assert reproduce("smoke", TWO_TASKS, store) == table
     assert Path(table.uri, "manifest.parquet").is_file()
+
+
+def test_where_nothing_is_made_what_there_is_is_measured_and_the_rest_is_named(table: ManifestRef, store: str) -> None:
+    other = TWO_TASKS | {"baselines.batch_size": 3}  # its baselines were never trained
+    before = list_sealed(store)
+    cells = [read_cell(cell) for cell in evaluate("smoke", other, store, upstream="require")]
+    assert [(cell.method, cell.vision_task) for cell in cells] == [
+        ("Prompt Diffusion", "depth_to_image"),
+        ("Prompt Diffusion", "image_to_depth"),
+    ]
+    assert list_sealed(store) == before
+    run = start_run("smoke", other, store, "require")
+    assert find_models(run).list_missing(run) == ["CN(FT) depth_to_image", "CN(FT) image_to_depth"]
+    untrained = TWO_TASKS | {"train.seed": 12345}
+    with pytest.raises(ValueError, match=r"^stage 'train' is not sealed: Prompt Diffusion, .* is missing"):
+        evaluate("smoke", untrained, store, upstream="require")

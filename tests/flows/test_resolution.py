@@ -16,7 +16,7 @@ from prompt_diffusion.store.manifest import open_manifest
 CHALLENGER = "models:/prompt-diffusion@challenger"
 FACTS = ModelFacts(title="tiny", source="a test", base=UNKNOWN)
 
-pytestmark = [pytest.mark.timeout(1200), pytest.mark.usefixtures("in_process")]
+pytestmark = pytest.mark.usefixtures("in_process")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 import prompt_diffusion
 from flows.run import start_run
-from flows.train import build_custom_overrides, prepare_custom_inputs, train_custom, train_six_task
+from flows.train import build_custom_overrides, prepare_custom_inputs, train_custom, train_six_task, use_pairs
 from prompt_diffusion.data.ingest import IngestConfig, build_source
 from prompt_diffusion.data.shard_cache import ShardCache
 from prompt_diffusion.data.sources.scenes import ScenesConfig
@@ -21,7 +21,7 @@ from prompt_diffusion.training.samples import draw_sample, open_training_data
 from prompt_diffusion.training.stage import Train
 from prompt_diffusion.training.train import run_train
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("in_process")]
+pytestmark = pytest.mark.usefixtures("in_process")
 
 FAST = {"resources.train.device_batch_size": 6, "resources.train.validate_every_steps": None}
 
@@ -46,11 +46,13 @@ def pairs(tmp_path_factory):
     return write_pairs(tmp_path_factory.mktemp("own") / "pairs", 40)
 
 
-def test_a_folder_of_pairs_becomes_a_registered_model_that_goes_on_from_another(pairs, tmp_path, monkeypatch):
+def test_a_folder_of_pairs_becomes_a_registered_model_that_goes_on_from_another(
+    pairs, copy_smoke_inputs, tmp_path, monkeypatch
+):
     monkeypatch.setenv("PROMPT_DIFFUSION_REGISTERED_MODEL", "custom-test")
-    store = str(tmp_path / "store")
+    store = copy_smoke_inputs(tmp_path / "store")
     joint = train_six_task("smoke", FAST | {"train.num_steps": 1}, store)
-    start = "models:/custom-test@challenger"
+    start = "models:/custom-test/1"
     ref = train_custom(str(pairs), "sketch", model=start, steps=2, preset="smoke", overrides=FAST, store=store)
     manifest, before = open_manifest(ref.uri), open_manifest(joint.uri)
     assert manifest.identity.config["vision_tasks"] == ["sketch_to_image"]
@@ -59,7 +61,7 @@ def test_a_folder_of_pairs_becomes_a_registered_model_that_goes_on_from_another(
     assert str(tmp_path) not in manifest.identity.model_dump_json()
 
     # it goes on from the joint model's weights: after two steps of a warm-up they have hardly moved
-    own = prompt_diffusion.load("models:/custom-test-sketch@challenger")
+    own = prompt_diffusion.load("models:/custom-test-sketch/1")
     joint_model = prompt_diffusion.load(start)
     trained = before.counts["steps"]
     assert (trained, manifest.counts["steps"]) == (1, 2)
@@ -140,3 +142,13 @@ def test_a_wrong_parameter_is_refused_before_anything_is_made(arguments, sentenc
         train_custom(**{"folder": str(pairs), "model": None, "preset": "smoke", "store": str(store)} | arguments)
     assert "\n" not in str(caught.value)
     assert list_files(str(store)) == []
+
+
+def test_a_users_own_columns_are_said_by_an_override(tmp_path):
+    folder = write_pairs(tmp_path / "pairs", 2, columns=("before", "image", "text"))
+    columns = {"source_column": "before", "target_column": "image", "caption_column": "text"}
+    source = {"kind": "image_folder", "uri": "elsewhere", **columns}
+    run = use_pairs(start_run("smoke", {"ingest.source": source}, str(tmp_path / "store")), str(folder), "sketch")
+    found = run.config.ingest.source
+    assert (found.uri, found.condition) == (str(folder), "sketch")
+    assert [key.sample_id for key in build_source(run.config.ingest).plan()] == ["000.png", "001.png"]

@@ -12,7 +12,7 @@ from flows.ingest import ingest_pairs
 from flows.train import train_controlnet_baselines, train_six_task
 from prompt_diffusion.store.storage import list_files
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("in_process")]
+pytestmark = pytest.mark.usefixtures("in_process")
 
 
 @pytest.mark.parametrize("flow", [train_six_task, train_controlnet_baselines, benchmark])

@@ -49,7 +49,7 @@ def test_settings_that_another_version_wrote_are_refused_in_one_sentence(image, 
     body = png[png.index(b"tEXt") : png.index(b"IDAT") - 4]
     other = body[:-4].replace(b'"format": 1', b'"format": 9')
     altered = png.replace(body, other + zlib.crc32(other).to_bytes(4))
-    with pytest.raises(ValueError, match=r"the settings in the image cannot be read: format: .*1, got '9'"):
+    with pytest.raises(ValueError, match=r"the settings in the image cannot be read: format: .*1, got 9"):
         read_record(altered)
 
 
@@ -61,10 +61,10 @@ def test_a_damaged_png_is_refused_as_such(image, record):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"seed": -1}, "seed: .*greater than or equal to 0, got '-1'"),
+        ({"seed": -1}, "seed: .*greater than or equal to 0, got -1"),
         ({"seed": 2**53}, "seed: .*less than"),
         ({"num_inference_steps": 0}, "num_inference_steps: .*greater than or equal to 1"),
-        ({"guidance_scale": float("nan")}, "guidance_scale: .*got 'nan'"),
+        ({"guidance_scale": float("nan")}, "guidance_scale: .*got nan"),
         ({"scheduler": "euler"}, "scheduler: .*'ddim', 'dpm' or 'unipc', got 'euler'"),
         ({"steps": 3}, "steps: .*not permitted"),
         ({"mode": "edit", "condition": "depth"}, "an edit needs a prompt"),

@@ -186,9 +186,9 @@ def test_what_the_original_layout_cannot_express_is_said_in_one_sentence(release
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-def test_import_register_load_generate_export_is_one_round(released, tmp_path, monkeypatch):
+def test_import_register_load_generate_export_is_one_round(released, tmp_path, monkeypatch, make_mlflow_database):
     folder, weights, _ = released
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", make_mlflow_database(tmp_path))
     monkeypatch.chdir(tmp_path)
     heads = ("--heads", 4, "--text-heads", 2, "--tokenizer", folder / "tokenizer")
     result = run(

@@ -274,9 +274,8 @@ def black(count, size=32):
     ("change", "sentence"),
     [
         ({"query": []}, "query: there is no image in the list"),
-        ({"query": black(2, 30)}, "must be multiples of 4, got 30 x 30: give height=32, width=32"),
+        ({"height": 30, "width": 30}, "must be multiples of 4, got 30 x 30: give height=32, width=32"),
         ({"height": 33}, "must be multiples of 4, got 33 x 32: give height=32, width=32"),
-        ({"query": [black(1)[0], black(1, 64)[0]]}, "one size, got 32 x 32, 64 x 64: give height and width"),
         (
             {"example_pair": (black(1), black(1, 64))},
             r"source and target must have one size, got 32 x 32 and 64 x 64 \(height x width\)",

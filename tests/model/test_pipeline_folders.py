@@ -230,3 +230,57 @@ def test_a_pipeline_that_is_pushed_to_a_hub_is_all_there(pipeline, hub, tmp_path
     np.testing.assert_array_equal(generate(load_pipeline(tmp_path)), generate(pipeline))
     weights = load_file(tmp_path / "controlnet" / "diffusion_pytorch_model.safetensors")
     assert torch.equal(weights["query_stem.conv_in.weight"], pipeline.controlnet.query_stem.conv_in.weight)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", "7", '{"model": {}}', "[" * 100_000, "\xff"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_is_none_is_one_sentence(folder, name, content):
+    (folder / "tokenizer" / name).write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"has no tokenizer that can be loaded|the tokenizer makes up to") as caught:
+        load_pipeline(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_of_189_megabytes_is_not_read(folder):
+    with (folder / "tokenizer" / "tokenizer.json").open("ab") as file:
+        file.truncate(189 << 20)
+    with pytest.raises(ValueError, match=r"tokenizer\.json has 189 MB, and up to 32 MB are read"):
+        load_pipeline(folder)
+
+
+def test_a_tokenizer_of_more_tokens_than_the_encoder_knows_is_refused(folder):
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer.add_tokens([f"<token-{number}>" for number in range(500)])
+    tokenizer.save_pretrained(folder / "tokenizer")
+    with pytest.raises(ValueError, match=r"the tokenizer has \d+ tokens, and the text encoder knows \d+"):
+        load_pipeline(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["SchedulerMixin", "FlaxDDIMScheduler", "AutoencoderKL", "__name__", "../x", ["a"], None, 3]
+)
+def test_a_scheduler_that_is_none_is_one_sentence(folder, name):
+    edit_json(folder / "scheduler" / "scheduler_config.json", _class_name=name)
+    with pytest.raises(ValueError, match="which is no scheduler of diffusers") as caught:
+        load_pipeline(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_train_timesteps": "many"},
+        {"num_train_timesteps": -1},
+        {"beta_schedule": "none of these"},
+        {"beta_start": []},
+        {"trained_betas": {}},
+        {"prediction_type": 5, "beta_end": "x"},
+    ],
+)
+def test_a_scheduler_of_impossible_settings_is_one_sentence(folder, changes):
+    edit_json(folder / "scheduler" / "scheduler_config.json", **changes)
+    with pytest.raises(ValueError, match=r"scheduler") as caught:
+        load_pipeline(folder)
+    assert "\n" not in str(caught.value)

@@ -13,8 +13,9 @@ from prompt_diffusion.model.images import fit_picture, read_images, stack_pictur
 
 
 def see(images, **size):
-    """Return what the query stem reads."""
-    return read_conditions(images, None, size.get("height"), size.get("width"), 4).queries
+    """Return what the query stem reads, at the pictures' own size where none is given."""
+    rows, columns, _ = read_images(images, "query")[0].shape
+    return read_conditions(images, None, size.get("height", rows), size.get("width", columns), 4).queries
 
 
 @pytest.fixture
@@ -88,10 +89,10 @@ def test_a_size_is_met_by_one_centred_cut_and_one_resize(pixels):
     assert see(mixed, height=24, width=24).shape == (2, 3, 24, 24)
 
 
-def test_a_pair_comes_to_the_size_of_the_query(pixels):
+def test_a_pair_comes_to_the_size_of_the_output(pixels):
     large = np.random.default_rng(1).integers(0, 256, (96, 96, 3), dtype=np.uint8)
-    conditions = read_conditions(pixels[:1], (large, Image.fromarray(large)), None, None, 4)
-    (pair,) = conditions.pairs
+    conditions = read_conditions(pixels[:1], (large, Image.fromarray(large)), 32, 48, 4)
+    (pair,) = conditions.example_pairs
     expected = stack_pictures([fit_picture(large, 32, 48)])
     assert torch.equal(pair, torch.cat([expected, expected], dim=1))
 
@@ -99,7 +100,8 @@ def test_a_pair_comes_to_the_size_of_the_query(pixels):
 @pytest.mark.parametrize(
     ("images", "sentence"),
     [
-        ("photo.png", "query: an image is PIL, an array, a tensor, or a list of them, got str"),
+        (7, "query: an image is PIL, a path, an array, a tensor, or a list of them, got int"),
+        ("photo.png", "query: there is no image file photo.png"),
         (np.zeros((2, 32, 32, 5), np.uint8), r"arrays are H, W, C or N, H, W, C .* got \(32, 32, 5\)"),
         (np.zeros((0, 32, 3), np.uint8), r"got \(0, 32, 3\)"),
         (torch.zeros(2, 32, 32, 3), r"tensors are C, H, W or N, C, H, W with 1, 3 or 4 channels, got \(32, 32, 3\)"),
@@ -121,4 +123,4 @@ def test_a_file_that_is_cut_short_is_named(tmp_path, pixels):
     Image.fromarray(pixels[0]).save(tmp_path / "whole.png")
     (tmp_path / "short.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-200])
     with Image.open(tmp_path / "short.png") as image, pytest.raises(ValueError, match=r"example source: .*truncated"):
-        read_conditions(pixels[0], (image, pixels[0]), None, None, 4)
+        read_conditions(pixels[0], (image, pixels[0]), 32, 48, 4)

@@ -1,5 +1,7 @@
 """A registry on SQLite for the session, a sealed training of one step, and a pipeline's folder with random weights."""
 
+import shutil
+
 import pytest
 
 from prompt_diffusion.engine.config import NoiseConfig, TrainResources
@@ -7,6 +9,7 @@ from prompt_diffusion.engine.distributed import World
 from prompt_diffusion.registry import register_model
 from prompt_diffusion.settings import Settings
 from prompt_diffusion.store.stage import Context, obtain
+from prompt_diffusion.tracking.database import make_database
 from prompt_diffusion.training.config import DropoutConfig, SamplingConfig, TrainConfig
 from prompt_diffusion.training.encode import (
     Encode,
@@ -54,9 +57,24 @@ def model(train_one_step, tiny_base):
 
 
 @pytest.fixture(scope="session")
-def settings(tmp_path_factory):
+def empty_database(tmp_path_factory):
+    """Return MLflow's database without anything in it: making one takes seconds."""
+    path = tmp_path_factory.mktemp("database") / "mlflow.db"
+    make_database(path)
+    return path
+
+
+@pytest.fixture
+def own(empty_database, tmp_path):
+    """Return a registry of the test's own, in which it may delete what it likes."""
+    shutil.copyfile(empty_database, tmp_path / "mlflow.db")
+    return Settings(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", cache_dir=tmp_path / "cache")
+
+
+@pytest.fixture(scope="session")
+def settings(tmp_path_factory, make_mlflow_database):
     folder = tmp_path_factory.mktemp("mlflow")
-    return Settings(tracking_uri=f"sqlite:///{folder}/mlflow.db", cache_dir=folder / "cache")
+    return Settings(tracking_uri=make_mlflow_database(folder), cache_dir=folder / "cache")
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,8 @@ from prompt_diffusion.settings import Settings
 from tests.mlflow_server import Server
 
 
-def test_a_model_that_was_registered_at_a_server_is_fetched_once(tmp_path, pipeline_folder):
-    server = Server(tmp_path)
+def test_a_model_that_was_registered_at_a_server_is_fetched_once(tmp_path, pipeline_folder, make_mlflow_database):
+    server = Server(tmp_path, make_mlflow_database)
     server.start()
     try:
         settings = Settings(tracking_uri=server.uri, cache_dir=tmp_path / "cache")

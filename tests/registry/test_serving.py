@@ -5,10 +5,7 @@ import io
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 
@@ -19,8 +16,7 @@ from PIL import Image
 
 from prompt_diffusion.data.transforms import decode_image, encode_png
 from prompt_diffusion.registry import ModelFacts, load, register_folder
-
-_START_TIMEOUT_SECONDS = 240  # ten on an idle machine
+from tests.sharing import PATIENCE_SECONDS, find_free_ports, is_answering, kill_server, start_server
 
 
 def to_base64(data):
@@ -71,19 +67,20 @@ def predict(pyfunc, rows, **params):
 
 
 def test_a_server_answers_a_post_with_the_pipelines_own_image(settings, served, row, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
-    command += ["-m", "models:/served@challenger", "--host", "127.0.0.1", "--port", str(port)]
+    port = 0
+
+    def build_command():
+        nonlocal port
+        (port,) = find_free_ports()
+        command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
+        return [*command, "-m", "models:/served@challenger", "--host", "127.0.0.1", "--port", str(port)]
+
     # MLflow starts uvicorn by its name
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     environment = os.environ | {"MLFLOW_TRACKING_URI": settings.tracking_uri, "PATH": path, "OMP_NUM_THREADS": "1"}
     log = tmp_path / "serve.log"
-    with log.open("wb") as sink:
-        server = subprocess.Popen(command, stdout=sink, stderr=sink, env=environment, start_new_session=True)
+    server = start_server(build_command, environment, log, lambda: is_answering(f"http://127.0.0.1:{port}/ping"))
     try:
-        wait_until_ready(server, f"http://127.0.0.1:{port}/ping", log)
         params = {"num_inference_steps": 2, "guidance_scale": 3.0, "seed": 7}
         status, answer = post(port, {"dataframe_records": [{**row, "prompt": "a red cube"}], "params": params})
         assert status == 200, answer
@@ -94,19 +91,7 @@ def test_a_server_answers_a_post_with_the_pipelines_own_image(settings, served, 
         assert answer["message"].endswith("Error: query of row 0: the image cannot be decoded: not an image file")
         assert "Traceback" not in json.dumps(answer)
     finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-
-
-def wait_until_ready(server, url, log):
-    give_up = time.monotonic() + _START_TIMEOUT_SECONDS
-    while server.poll() is None and time.monotonic() < give_up:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
-            time.sleep(0.2)
-    raise RuntimeError(f"mlflow models serve did not start: {log.read_text()[-3000:]}")
+        kill_server(server)
 
 
 def post(port, content):
@@ -114,7 +99,7 @@ def post(port, content):
         f"http://127.0.0.1:{port}/invocations", json.dumps(content).encode(), {"Content-Type": "application/json"}
     )
     try:
-        with urllib.request.urlopen(request, timeout=120) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE_SECONDS) as answer:
             return answer.status, json.loads(answer.read())
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read())
@@ -136,6 +121,22 @@ def test_images_may_be_of_any_size_and_kind(pyfunc, row):
     rows = [{**row, "query": f"data:image/jpeg;base64,{to_base64(buffer.getvalue())}"}]
     (image,) = predict(pyfunc, rows, num_inference_steps=1)
     assert image.shape == (32, 32, 3)
+
+
+def test_base64_may_have_line_breaks(pyfunc, row):
+    broken = {name: base64.encodebytes(base64.b64decode(text)).decode() for name, text in row.items()}
+    assert any("\n" in text.strip() for text in broken.values())
+    whole, other = (predict(pyfunc, [each], num_inference_steps=1)[0] for each in (row, broken))
+    np.testing.assert_array_equal(whole, other)
+
+
+def test_models_of_others_in_the_same_process_keep_mlflows_own_manners(pyfunc):
+    import mlflow
+    from mlflow.types.schema import ParamSchema, ParamSpec
+
+    theirs = ParamSchema([ParamSpec("temperature", "double", 1.0)])
+    _, params = mlflow.pyfunc._validate_prediction_input("x", {"unheard": 1}, None, theirs)
+    assert params == {"temperature": 1.0}
 
 
 def large_png():
@@ -168,6 +169,8 @@ def wide_png():
             "params.num_inference_steps: Input should be greater than or equal to 1, got 0",
         ),
         ({}, {"guidance_scale": float("nan")}, "params.guidance_scale: Input should be a finite number, got nan"),
+        ({}, {"num_steps": 3}, "unknown params: num_steps; a request may have guidance_scale, num_inference_steps"),
+        ({"negativ_prompt": "x"}, {}, "unknown columns: negativ_prompt; a request may have prompt"),
         ({}, {"seed": -1}, "params.seed: Input should be greater than or equal to 0, got -1"),
     ],
 )
@@ -199,3 +202,89 @@ def test_the_signature_names_every_column_and_parameter(pyfunc):
         "seed": 0,
     }
     assert signature.outputs.input_names() == ["image"]
+
+
+@pytest.mark.parametrize(("rows", "steps"), [(16, 101), (2, 1000)])
+def test_rows_times_steps_are_bounded(pyfunc, row, rows, steps):
+    from mlflow.exceptions import MlflowException
+
+    with pytest.raises(MlflowException, match=f"up to 1600 steps over all its rows, this one {rows} x {steps}"):
+        predict(pyfunc, [row] * rows, num_inference_steps=steps)
+
+
+def run_in_thread(model, row, rows, steps):
+    """Send a request in a thread; return the thread, and where its result or error will stand."""
+    import threading
+
+    import pandas as pd
+
+    outcome = []
+
+    def run():
+        try:
+            outcome.append(model.predict(None, pd.DataFrame([row] * rows), {"num_inference_steps": steps}))
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread, outcome
+
+
+def test_a_sigterm_ends_a_request_at_its_next_step_and_still_reaches_the_server(pyfunc, row):
+    from mlflow.exceptions import MlflowException
+
+    from prompt_diffusion.registry.serving import ServedModel
+
+    told = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    try:
+        model = ServedModel()
+        model.load_context(pyfunc._model_impl.context)
+        thread, outcome = run_in_thread(model, row, 16, 100)
+        signal.raise_signal(signal.SIGTERM)
+        thread.join()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert told == [signal.SIGTERM]
+    (error,) = outcome
+    assert isinstance(error, MlflowException)
+    assert (error.get_http_status_code(), error.message) == (503, "the server is ending: send the request again later")
+
+
+def test_a_request_that_the_server_has_given_up_stops_and_lets_the_next_one_in(pyfunc, row, monkeypatch):
+    from mlflow.exceptions import MlflowException
+
+    from prompt_diffusion.registry.serving import ServedModel
+
+    model = ServedModel()
+    model.load_context(pyfunc._model_impl.context)
+    monkeypatch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")
+    monkeypatch.setenv("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT", "0")  # given up at once
+    thread, outcome = run_in_thread(model, row, 16, 100)
+    thread.join()
+    (error,) = outcome
+    assert isinstance(error, MlflowException)
+    assert (error.get_http_status_code(), "longer than the server waits" in error.message) == (503, True)
+    model._lock.acquire()  # another request is under way, and this one's time ends while it waits
+    try:
+        thread, outcome = run_in_thread(model, row, 1, 1)
+        thread.join()
+    finally:
+        model._lock.release()
+    assert "longer than the server waits" in outcome[0].message
+    monkeypatch.setenv("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT", "100000")
+    thread, outcome = run_in_thread(model, row, 1, 1)
+    thread.join()
+    assert len(decode_image(base64.b64decode(outcome[0]["image"][0]))) == 32
+
+
+def test_no_handler_is_left_where_nothing_handles_the_signal(pyfunc):
+    from prompt_diffusion.registry.serving import ServedModel
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        ServedModel().load_context(pyfunc._model_impl.context)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)

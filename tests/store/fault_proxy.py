@@ -123,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _forward(self, body: bytes, fault: Fault | None) -> None:
         # The signature covers the header Host, so it stays as the client sent it.
         headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP_HEADERS}
-        upstream = http.client.HTTPConnection(self.proxy.upstream, timeout=30)
+        upstream = http.client.HTTPConnection(self.proxy.upstream, timeout=600)
         upstream.request(self.command, self.path, body=body, headers=headers)
         answer = upstream.getresponse()
         content = answer.read()

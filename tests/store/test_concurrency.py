@@ -32,7 +32,7 @@ def test_no_more_than_the_bound_is_read_ahead() -> None:
 
 
 def test_work_overlaps_the_callers_own() -> None:
-    both_at_work = threading.Barrier(2, timeout=30)
+    both_at_work = threading.Barrier(2)
 
     def meet(number: int) -> int:
         if number == 1:

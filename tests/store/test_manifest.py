@@ -5,6 +5,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,6 +14,7 @@ from prompt_diffusion.store.fingerprint import StageIdentity, StageInput, comput
 from prompt_diffusion.store.manifest import (
     MANIFEST_NAME,
     DamagedDataError,
+    Manifest,
     ManifestRef,
     Reject,
     StoredFile,
@@ -46,7 +48,9 @@ def seal_weights(root: str) -> ManifestRef:
 
 
 def seal_shards(root: str) -> ManifestRef:
-    return run_sharded_stage(IDENTITY, root, 2, lambda index: (pa.table({"x": [index] * 5, "y": ["a"] * 5}), []))
+    return find_sealed(IDENTITY, root) or run_sharded_stage(
+        IDENTITY, root, 2, lambda index: (pa.table({"x": [index] * 5, "y": ["a"] * 5}), [])
+    )
 
 
 def test_all_that_was_sealed_is_read_back(store_root: str) -> None:
@@ -253,3 +257,77 @@ def test_unknown_names_are_refused_with_what_there_is(tmp_store: str) -> None:
     with pytest.raises(ValueError, match=r"has no files below 'pipeline'"):
         manifest.fetch_folder("pipeline", Path(tmp_store))
     assert manifest.read_table(["y"]).column_names == ["y"]
+
+
+LIGHT = ["sample_id", "caption", "split", "seed"]
+
+
+def seal_light_columns(root: str, num_shards: int = 1) -> Manifest:
+    """Seal shards of light columns beside images, as image pairs have them."""
+    random = np.random.default_rng(0)
+
+    def make(index: int) -> tuple[pa.Table, list[Reject]]:
+        content = {
+            "sample_id": [f"s{index}-{row}" for row in range(100)],
+            "caption": [f"a red cube, number {number:.6f}" for number in random.random(100)],
+            "image": [random.bytes(50) for _ in range(100)],
+            "split": ["train" if row % 3 else "test" for row in range(100)],
+            "seed": list(range(100)),
+        }
+        return pa.table(content), []
+
+    return open_manifest(run_sharded_stage(IDENTITY, root, num_shards, make).uri)
+
+
+@pytest.mark.parametrize("part", ["pages", "footer"])
+def test_a_flipped_bit_in_light_columns_is_refused_by_name_or_changes_nothing(tmp_store: str, part: str) -> None:
+    manifest = seal_light_columns(tmp_store)
+    path = Path(manifest.ref.uri) / manifest.shards[0].path
+    expected, data = manifest.read_index(LIGHT), path.read_bytes()
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    start, stop = (0, footer) if part == "pages" else (footer, len(data))
+    refused = []
+    for position in range(start, stop, max(1, (stop - start) // 1500)):
+        altered = bytearray(data)
+        altered[position] ^= 1 << (position % 8)
+        path.write_bytes(altered)
+        try:
+            assert manifest.read_index(LIGHT) == expected, f"byte {position} of {len(data)}"
+        except DamagedDataError as error:
+            refused.append(str(error))
+    assert len(refused) > 100
+    assert [reason for reason in refused if not reason.startswith(f"{path} ") or "\n" in reason] == []
+    path.write_bytes(data)
+    assert manifest.read_index(LIGHT) == expected
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_a_column_whose_type_was_altered_is_refused(tmp_store: str, name: str) -> None:
+    manifest = seal_light_columns(tmp_store)
+    path = Path(manifest.ref.uri) / manifest.shards[0].path
+    data = path.read_bytes()
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    place = data.index(name.encode(), footer) + len(name)
+    refused = 0
+    for position in range(place, place + 6):
+        for bit in range(8):
+            altered = bytearray(data)
+            altered[position] ^= 1 << bit
+            path.write_bytes(altered)
+            try:
+                assert manifest.read_index(LIGHT).schema.types == [pa.string(), pa.string(), pa.string(), pa.int64()]
+            except DamagedDataError:
+                refused += 1
+    assert refused > 0
+
+
+def test_a_store_that_fails_is_not_taken_for_damage(tmp_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = seal_light_columns(tmp_store)
+    path = Path(manifest.ref.uri) / manifest.shards[0].path
+    path.unlink()
+    path.mkdir()  # the system's own error, with a number: retried, as it should be
+    with pytest.raises(IsADirectoryError):
+        manifest.read_index(LIGHT)
+    path.rmdir()
+    with pytest.raises(DamagedDataError, match="is missing"):
+        manifest.read_index(LIGHT)

@@ -23,6 +23,7 @@ from prompt_diffusion.store.manifest import MANIFEST_NAME, Reject, is_sealed, op
 from prompt_diffusion.store.records import ShardProgress
 from prompt_diffusion.store.sharded import ShardRows, encode_shard, make_shards, run_sharded_stage
 from prompt_diffusion.store.storage import join_uri, list_files, local_path, read_bytes, write_bytes
+from tests.sharing import wait_until
 
 IDENTITY = StageIdentity(stage="numbers", version=1, config={"rows": 10}, inputs=())
 _PROGRAM = Path(__file__).with_name("interrupted_stage.py")
@@ -71,7 +72,8 @@ def test_rows_come_back_in_order_and_counts_add_up(store_root: str) -> None:
 def test_rerun_of_a_sealed_stage_writes_nothing(store_root: str) -> None:
     first = run_sharded_stage(IDENTITY, store_root, 3, Maker(), reject_budget=0.1)
     before = read_write_marks(first.uri)
-    time.sleep(1.1)  # S3 tells the time in whole seconds
+    second = int(time.time())
+    wait_until(lambda: time.time() >= second + 1, "the next second")  # S3 tells the time in whole ones
     maker = Maker()
     assert run_sharded_stage(IDENTITY, store_root, 3, maker, reject_budget=0.1) == first
     assert maker.made == []
@@ -108,17 +110,13 @@ def test_shards_made_at_once_are_the_same_and_in_order(tmp_store: str) -> None:
     assert [told.num_done for told in heard] == [1, 2, 3, 4, 5, 6]
 
 
-def start_program(root: str, kill_after: int) -> subprocess.Popen[bytes]:
-    checkout = str(Path(prompt_diffusion.__file__).parents[1])
-    command = [sys.executable, str(_PROGRAM), root, "4", str(kill_after)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": checkout})
-
-
-def run_program(root: str, kill_after: int) -> tuple[int, list[int]]:
+def run_program(root: str, kill_after: int, *kill_delay: float) -> tuple[int, list[int]]:
     """Run the stage in a child; return its exit status and the shards that it made."""
-    child = start_program(root, kill_after)
-    output, _ = child.communicate()
-    return child.returncode, [int(line) for line in output.split()]
+    checkout = str(Path(prompt_diffusion.__file__).parents[1])
+    command = [sys.executable, str(_PROGRAM), root, "4", str(kill_after), *map(str, kill_delay)]
+    environment = {**os.environ, "PYTHONPATH": checkout}
+    child = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=False)
+    return child.returncode, [int(line) for line in child.stdout.split()]
 
 
 def test_killed_stage_makes_only_the_rest_and_ends_with_the_same_bytes(store_root: str) -> None:
@@ -141,16 +139,8 @@ def test_stage_killed_at_any_instant_ends_with_the_same_bytes(tmp_store: str) ->
     identity = StageIdentity(stage="interrupted", version=1, config={"num_shards": 4}, inputs=())
     whole, resumed = join_uri(tmp_store, "whole"), join_uri(tmp_store, "resumed")
     assert run_program(whole, -1)[0] == 0
-    num_kills = 0
     for delay_seconds in (0.0, 0.004, 0.012):
-        child = start_program(resumed, -1)
-        assert child.stdout is not None
-        child.stdout.readline()
-        time.sleep(delay_seconds)
-        child.kill()
-        num_kills += child.wait() == -signal.SIGKILL
-        child.stdout.close()
-    assert num_kills > 0
+        assert run_program(resumed, -1, delay_seconds)[0] == -signal.SIGKILL
     assert run_program(resumed, -1)[0] == 0
     assert read_all(identity.uri(resumed)) == read_all(identity.uri(whole))
 
@@ -267,3 +257,33 @@ def test_metadata_of_the_rows_reaches_the_readers(tmp_store: str) -> None:
     ref = run_sharded_stage(IDENTITY, tmp_store, 2, make)
     assert open_manifest(ref.uri).read_table().schema.metadata == metadata
     assert pq.read_schema(Path(ref.uri) / "shard-00001.parquet").metadata[b"huggingface"] == metadata[b"huggingface"]
+
+
+def test_over_its_budget_a_stage_makes_again_what_an_earlier_run_rejected_and_nothing_else(store_root: str) -> None:
+    broken = {1, 3}
+
+    def make_shard(index: int) -> ShardRows:
+        made.append(index)
+        rejects = [Reject(sample_id=f"{index}", reason="its image is empty")] if index in broken else []
+        return pa.table({"x": range(10 * index, 10 * index + 10 - len(rejects))}), rejects
+
+    made: list[int] = []
+    with pytest.raises(ValueError, match="rejected 2 of 50 samples"):
+        run_sharded_stage(IDENTITY, store_root, 5, make_shard)
+    assert made == [0, 1, 2, 3, 4]
+    made.clear()
+    broken.remove(3)
+    with pytest.raises(ValueError, match="rejected 1 of 50 samples"):
+        run_sharded_stage(IDENTITY, store_root, 5, make_shard, reject_budget=0.0)
+    assert made == [1, 3]
+    broken.remove(1)
+    ref = run_sharded_stage(IDENTITY, store_root, 5, make_shard, reject_budget=0.0)
+    assert open_manifest(ref.uri).counts == {"rows": 50, "rejects": 0}
+    assert open_manifest(ref.uri).read_table()["x"].to_pylist() == list(range(50))
+
+
+def test_within_its_budget_a_stage_keeps_what_an_earlier_run_left(tmp_store: str) -> None:
+    make_shards(IDENTITY, tmp_store, 3, Maker(), [0, 1])
+    maker = Maker()
+    run_sharded_stage(IDENTITY, tmp_store, 3, maker, reject_budget=0.1)
+    assert maker.made == [2]

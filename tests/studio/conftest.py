@@ -2,16 +2,14 @@
 
 import os
 import shutil
-import socket
-import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-_START_TIMEOUT_SECONDS = 120
+from tests.sharing import PATIENCE_SECONDS, find_free_ports, start_server, stop_server
+
 _CHROMIUM_OPTIONS = (
     "--no-sandbox",
     "--disable-gpu",
@@ -34,41 +32,65 @@ class Studio:
 
 
 @pytest.fixture(scope="session")
-def studio(tiny_pipeline, tmp_path_factory):
+def studio(tiny_pipeline, tmp_path_factory, make_mlflow_database):
     from prompt_diffusion.registry import ModelFacts, register_folder
     from prompt_diffusion.settings import Settings
 
     pytest.importorskip("gradio", reason="no studio: the package gradio is not installed")
     folder = tmp_path_factory.mktemp("studio")
-    uri = f"sqlite:///{folder}/mlflow.db"
+    uri = make_mlflow_database(folder)
     settings = Settings(tracking_uri=uri, cache_dir=folder / "cache", store=str(folder / "store"))
     facts = ModelFacts(
         title="Random weights for tests", vision_tasks=("image_to_canny",), licences={"code": "Apache-2.0"}
     )
     reference = register_folder(Path(tiny_pipeline), settings, name="tiny", facts=facts).uri
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = 0
+
+    def build_command():
+        nonlocal port
+        (port,) = find_free_ports()
+        command = [sys.executable, "-c", "from prompt_diffusion.cli import main; main()", "studio"]
+        return [*command, "--model", "models:/tiny@challenger", "--port", str(port), "--device", "cpu"]
+
     environment = os.environ | {
         "MLFLOW_TRACKING_URI": uri,
         "PROMPT_DIFFUSION_CACHE_DIR": str(folder / "cache"),
         "PROMPT_DIFFUSION_STORE": str(folder / "store"),
     }
-    command = [sys.executable, "-c", "from prompt_diffusion.cli import main; main()", "studio"]
-    command += ["--model", "models:/tiny@challenger", "--port", str(port), "--device", "cpu"]
     log = folder / "log"
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=folder)
-    try:
-        give_up = time.monotonic() + _START_TIMEOUT_SECONDS
-        while "studio: http" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < give_up, f"the studio did not start: {log.read_text()}"
-            time.sleep(0.1)
-        yield Studio(f"http://127.0.0.1:{port}", reference, uri, log)
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
+    process = start_server(build_command, environment, log, lambda: "studio: http" in log.read_text())
+    yield Studio(f"http://127.0.0.1:{port}", reference, uri, log)
+    stop_server(process)
+
+
+@pytest.fixture
+def settings(tmp_path):
+    from prompt_diffusion.settings import Settings
+
+    return Settings(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", cache_dir=tmp_path, store=str(tmp_path))
+
+
+@pytest.fixture
+def actions(settings, tiny_pipeline, tmp_path, monkeypatch):
+    """Return what the page's buttons do, for one model, on a page that others can reach."""
+    from prompt_diffusion.studio.actions import Actions
+    from prompt_diffusion.studio.maps import StudioAnnotators
+    from prompt_diffusion.studio.models import ModelShelf
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "files"))
+    return Actions(ModelShelf(settings, tiny_pipeline, "cpu", takes_folders=False), StudioAnnotators(settings, "cpu"))
+
+
+@pytest.fixture
+def make(actions, scene_files):
+    """Return what presses Generate with a query and these fields."""
+    from prompt_diffusion.studio.history import History
+
+    def press(fields, history=None, on_step=lambda done, total: None, visitor="someone"):
+        inputs = {"query": str(scene_files["query"]), "example_1_source": None, "example_1_target": None}
+        return actions.make(fields, inputs, history or History(), visitor, on_step)
+
+    return press
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +110,7 @@ def page(browser, studio):
     """Open the page as a new visitor; nothing that it does may ask another machine, or fail in a script."""
     context = browser.new_context(viewport={"width": 1440, "height": 900})
     page = context.new_page()
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(1000 * PATIENCE_SECONDS)
     asked, failed = [], []
     page.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: failed.append(str(error)))

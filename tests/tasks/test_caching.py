@@ -10,6 +10,7 @@ from prefect.states import State
 
 from prompt_diffusion.store.fingerprint import StageIdentity, StageInput
 from prompt_diffusion.store.manifest import DamagedDataError, ManifestRef, seal_manifest, write_file
+from prompt_diffusion.store.retries import StoreError
 from prompt_diffusion.store.stage import Context, Stage, obtain
 from prompt_diffusion.store.storage import delete_folder
 from tasks.caching import SealedPolicy
@@ -87,6 +88,10 @@ def test_two_stores_have_two_keys_because_the_cached_reference_names_its_store(t
     [
         (ConnectionError("reset"), True),
         (RuntimeError("killed"), True),
+        (StoreError("cannot read s3://bucket/x: timeout"), True),
+        (PermissionError("cannot write"), False),
+        (FileNotFoundError("there is no file"), False),
+        (ImportError("install gcsfs"), False),
         (ValueError("typo"), False),
         (DamagedDataError("x"), False),
     ],

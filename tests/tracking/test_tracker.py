@@ -24,16 +24,16 @@ from prompt_diffusion.tracking.outbox import Outbox
 from prompt_diffusion.tracking.tracker import RunTracker
 from prompt_diffusion.training.launch import TrainingStoppedError
 from tests.mlflow_server import Server
+from tests.sharing import PATIENCE_SECONDS
 from tests.store.fault_proxy import serve_fault_proxy
 
 DEAD_URI = "http://127.0.0.1:1"
-PATIENCE_SECONDS = 240.0  # a busy machine is slow; a test ends as soon as MLflow has everything
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("mlflow-server"))
+def server(tmp_path_factory: pytest.TempPathFactory, make_mlflow_database: Callable[[Path], str]) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("mlflow-server"), make_mlflow_database)
     server.start()
     try:
         yield server

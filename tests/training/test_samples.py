@@ -302,3 +302,19 @@ def test_a_text_is_the_embedding_of_its_own_caption(data, train_inputs):
         table = text.read_shard(text.shards[shard])
         position = table["caption"].to_pylist().index(its.rows.captions("edited")[row])
         np.testing.assert_array_equal(its.read_text(row), read_array(table, "embedding")[position])
+
+
+def test_by_group_a_training_draws_each_prompt_group_equally_often_and_by_row_each_row(
+    train_inputs, tiny_config, tmp_path
+):
+    cache = ShardCache(tmp_path)
+    for draw, per_epoch in (("group", 12), ("row", 24)):
+        config = tiny_config.model_copy(update={"draw": draw})
+        data = open_training_data(config, train_inputs, cache, "train")
+        rows = next(iter(data.values())).rows
+        drawn = [draw_sample(config, data, index).row for index in range(4 * per_epoch)]
+        assert len(set(drawn)) > 12
+        for start in range(0, len(drawn), per_epoch):
+            epoch = drawn[start : start + per_epoch]
+            groups = [rows.group_ids[row] for row in epoch]
+            assert len(set(groups if draw == "group" else epoch)) == per_epoch

@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import os
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,8 +19,10 @@ from prompt_diffusion.store.storage import read_bytes
 from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.loss import InContextObjective
 from prompt_diffusion.training.samples import draw_sample, open_training_data
-from prompt_diffusion.training.stage import Train
+from prompt_diffusion.training.stage import Train, write_spec
 from prompt_diffusion.training.train import build_controlnet, run_train, select_parameters
+from tests.sharing import find_free_ports
+from tests.warm import WarmProcess, run_module
 
 
 @pytest.fixture(scope="module")
@@ -128,12 +131,21 @@ def test_a_sealed_training_is_a_pipeline_with_its_losses(train_inputs, tiny_conf
 
 
 def test_two_processes_take_the_same_steps_as_one(train_inputs, tiny_config, tmp_path):
-    config = tiny_config.model_copy(update={"num_steps": 3})
-    refs = (
-        run_train(Train(config, train_inputs), str(tmp_path / "1"), TrainResources(), World()),
-        obtain(Train(config, train_inputs), Context(str(tmp_path / "2"), TrainResources(num_processes=2))),
-    )
-    tables = (open_manifest(ref.uri).read_file("losses.parquet") for ref in refs)
+    stage = Train(tiny_config.model_copy(update={"num_steps": 3}), train_inputs)
+    run_train(stage, str(tmp_path / "1"), TrainResources(), World())
+    spec = write_spec(stage, str(tmp_path / "2"), TrainResources(num_processes=2))
+    (port,) = find_free_ports()
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # what torchrun tells them
+    ranks = [
+        WarmProcess(
+            run_module, "prompt_diffusion.training.run", spec, environment=os.environ | meeting | {"RANK": str(rank)}
+        )
+        for rank in (0, 1)
+    ]
+    assert [rank.wait() for rank in ranks] == [0, 0]
+    assert open_manifest(stage.identity.uri(str(tmp_path / "2"))).counts["processes"] == 2
+    refs = [stage.identity.uri(str(tmp_path / store)) for store in "12"]
+    tables = (open_manifest(ref).read_file("losses.parquet") for ref in refs)
     one, two = (pq.read_table(io.BytesIO(data)).to_pydict() for data in tables)
     assert one["vision_task"] == two["vision_task"]
     assert one["num_samples"] == two["num_samples"]

@@ -4,15 +4,17 @@ The rows carry no prompt group: it is the digest of the prompt triple.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prompt_diffusion.data.records import ImagePair
-from prompt_diffusion.data.sources.base import SampleKey, check_captions, load_picture
+from prompt_diffusion.data.records import SPLITS, ImagePair, Split
+from prompt_diffusion.data.sources.base import PublishedSplits, SampleKey, check_captions, find_split, load_picture
+from prompt_diffusion.data.sources.digest import digest_files
+from prompt_diffusion.data.sources.tables import quote_names, read_cell, read_cells
 from prompt_diffusion.store.fingerprint import compute_digest, write_canonical_json
 from prompt_diffusion.store.manifest import Reject
 from prompt_diffusion.store.storage import join_uri, list_sizes, open_input
@@ -27,45 +29,66 @@ _UNREADABLE = -1  # the row of a key whose file has no readable footer
 
 
 class ParquetRowsSource:
-    """Every Parquet file below a folder, in the order of their names."""
+    """Every Parquet file below a folder: by their published splits, training first, then in the order of their names."""
 
-    def __init__(self, uri: str, num_groups: int | None, image_size: int | None) -> None:
+    def __init__(
+        self,
+        uri: str,
+        num_groups: int | None,
+        image_size: int | None,
+        published_splits: PublishedSplits = "keep",
+        columns: Mapping[str, str] | None = None,
+    ) -> None:
+        """Take `columns`, the file's name of what is called otherwise here; ValueError for a name that nothing has here."""
         self.uri, self.num_groups, self.image_size = uri, num_groups, image_size
-        found = list_sizes(uri)
-        self.sizes = {name: found[name] for name in found if name.endswith(".parquet")}
+        self.names = {name: (columns or {}).get(name, name) for name in (*PROMPT_COLUMNS, *IMAGE_COLUMNS)}
+        unknown = [name for name in columns or {} if name not in self.names]
+        if unknown:
+            raise ValueError(f"ingest.source.columns names {', '.join(unknown)}; there are {', '.join(self.names)}")
+        self.sizes = find_parquet_files(uri)
+        splits = {name: find_published_split(name) for name in self.sizes}
+        self.order = sorted(self.sizes, key=lambda name: (SPLITS.index(splits[name] or "train"), name))
+        # Training files alone, as the public data set has them, say nothing of the other splits.
+        keeps = published_splits == "keep" and any(split not in (None, "train") for split in splits.values())
+        self.splits: dict[str, Split | None] = {
+            name: (split or "train") if keeps else None for name, split in splits.items()
+        }
 
     def digest(self) -> str:
-        """Return a digest of each file's name, size and last 64 KiB, where Parquet keeps offsets and statistics."""
-        ends = []
-        for name, size in self.sizes.items():
-            with open_input(join_uri(self.uri, name)) as file:
-                file.seek(max(0, size - _FOOTER_BYTES))
-                ends.append([name, size, compute_digest(file.read())])
-        return compute_digest(write_canonical_json(ends).encode())
+        """Return a digest of the files; of a large set by name, size and last 64 KiB, where Parquet keeps its offsets."""
+        return digest_files(self.uri, self.sizes, ends=dict.fromkeys(self.sizes, _FOOTER_BYTES))
 
     def plan(self) -> list[SampleKey]:
-        """Return the rows of all files, reading their texts only; with `num_groups`, up to the first row beyond them.
+        """Return the rows of all files, reading their texts only; with `num_groups`, of each published split up to the
+        first row beyond them.
 
         A file that cannot be read stands for as many rejects as it would hold rows, judged by its size.
         """
         keys: list[SampleKey] = []
         members: dict[str, int] = {}
+        groups: dict[Split | None, set[str]] = {split: set() for split in self.splits.values()}
+        full: set[Split | None] = set()
         unreadable: list[tuple[int, str]] = []  # (where its rows would stand, file)
         bytes_read = 0
-        for name, size in self.sizes.items():
+        for name in self.order:
+            split = self.splits[name]
+            if split in full:
+                continue
             try:
-                groups = self._read_groups(name)
+                found = self._read_groups(name)
             except (pa.ArrowException, OSError) as error:
                 _raise_unless_damage(error)
                 logger.warning("%s cannot be read: %s", join_uri(self.uri, name), error)
                 unreadable.append((len(keys), name))
                 continue
-            for row, group in enumerate(groups):
-                if group not in members and len(members) == self.num_groups:
-                    return self._insert_unreadable(keys, unreadable, bytes_read + size)
+            bytes_read += self.sizes[name]
+            for row, group in enumerate(found):
+                if group not in groups[split] and len(groups[split]) == self.num_groups:
+                    full.add(split)
+                    break
+                groups[split].add(group)
                 members[group] = members.get(group, -1) + 1
-                keys.append(SampleKey(f"{name}#{row}", group, members[group], file=name, row=row))
-            bytes_read += size
+                keys.append(SampleKey(f"{name}#{row}", group, members[group], file=name, row=row, published=split))
         return self._insert_unreadable(keys, unreadable, bytes_read)
 
     def read(self, keys: Sequence[SampleKey]) -> Iterator[ImagePair | Reject]:
@@ -83,22 +106,35 @@ class ParquetRowsSource:
         groups: list[str] = []
         with open_input(join_uri(self.uri, name)) as handle:
             file = _open_parquet(handle)
-            missing = [column for column in (*PROMPT_COLUMNS, *IMAGE_COLUMNS) if column not in file.schema_arrow.names]
-            if missing:
-                raise ValueError(
-                    f"{join_uri(self.uri, name)} has no columns {', '.join(missing)}; "
-                    f"it has {', '.join(file.schema_arrow.names)}"
-                )
+            self._check_columns(name, file.schema_arrow)
             for index in range(file.num_row_groups):
                 num_rows = file.metadata.row_group(index).num_rows
                 try:
-                    rows = file.read_row_group(index, columns=list(PROMPT_COLUMNS)).to_pylist()
+                    names = [self.names[column] for column in PROMPT_COLUMNS]
+                    table = file.read_row_group(index, columns=names)
+                    prompts = zip(*(read_cells(table.column(column)) for column in names), strict=True)
                 except (pa.ArrowException, OSError) as error:  # its rows are read, and rejected, later
                     _raise_unless_damage(error)
                     groups += [f"damaged:{name}:{index}"] * num_rows
                     continue
-                groups += [_digest_prompts([row[column] for column in PROMPT_COLUMNS]) for row in rows]
+                groups += map(_digest_prompts, prompts)
         return groups
+
+    def _check_columns(self, name: str, schema: pa.Schema) -> None:
+        """Raise ValueError, one sentence, where a file lacks a column or an image column can hold no pictures."""
+        missing = [column for column in self.names.values() if column not in schema.names]
+        if missing:
+            raise ValueError(
+                f"{join_uri(self.uri, name)} has no columns {quote_names(missing)}; it has {quote_names(schema.names)}: "
+                "say which they are with ingest.source.columns"
+            )
+        for column in IMAGE_COLUMNS:
+            kind = schema.field(self.names[column]).type
+            if not _can_hold_pictures(kind):
+                raise ValueError(
+                    f"the column {self.names[column]!r} of {join_uri(self.uri, name)} holds {kind}, not pictures: they are "
+                    "image files as binary, or as struct<bytes, path>"
+                )
 
     def _insert_unreadable(
         self, keys: list[SampleKey], unreadable: list[tuple[int, str]], bytes_read: int
@@ -108,7 +144,9 @@ class ParquetRowsSource:
         for place, name in reversed(unreadable):
             num_rows = max(1, round(self.sizes[name] * len(keys) / bytes_read)) if bytes_read else 1
             planned[place:place] = [
-                SampleKey(f"{name}#{row}?", f"unreadable:{name}", row, file=name, row=_UNREADABLE)
+                SampleKey(
+                    f"{name}#{row}?", f"unreadable:{name}", row, file=name, row=_UNREADABLE, published=self.splits[name]
+                )
                 for row in range(num_rows)
             ]
         return planned
@@ -122,7 +160,7 @@ class ParquetRowsSource:
                 stop = start + file.metadata.row_group(index).num_rows
                 wanted = {key.row: key for key in keys if start <= key.row < stop}
                 try:
-                    for row, content in _iterate_rows(file, index, start, wanted) if wanted else ():
+                    for row, content in self._iterate_rows(file, index, start, wanted) if wanted else ():
                         yield self._convert(wanted.pop(row), content)
                 except (pa.ArrowException, OSError) as error:
                     _raise_unless_damage(error)
@@ -130,9 +168,25 @@ class ParquetRowsSource:
                     yield from (Reject(sample_id=key.sample_id, reason=reason) for key in wanted.values())
                 start = stop
 
+    def _iterate_rows(
+        self, file: pq.ParquetFile, index: int, start: int, wanted: dict[int, SampleKey]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield (row of the file, content) of the wanted rows of a row group that begins at row `start`."""
+        last, row = max(wanted), start
+        for batch in file.iter_batches(_BATCH_ROWS, row_groups=[index], columns=list(self.names.values())):
+            for place in range(batch.num_rows):
+                if row + place in wanted:
+                    cells = {column: read_cell(batch.column(name)[place]) for column, name in self.names.items()}
+                    yield row + place, cells
+            row += batch.num_rows
+            if row > last:
+                return
+
     def _convert(self, key: SampleKey, row: dict[str, Any]) -> ImagePair | Reject:
         """Return a row as an image pair, or why it is none."""
         try:
+            if key.reject:
+                raise ValueError(key.reject)
             prompts = check_captions(
                 {column: row[column] for column in PROMPT_COLUMNS}, needed=("original_prompt", "edited_prompt")
             )
@@ -152,34 +206,52 @@ class ParquetRowsSource:
             source_uri=key.sample_id,
         )
 
-    def _load_image(self, column: str, value: dict[str, Any] | None) -> bytes:
+    def _load_image(self, column: str, value: Any) -> bytes:  # noqa: ANN401 - any cell
         """Return an image column's picture; ValueError names the column."""
-        if not value or not value.get("bytes"):
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if not data:
             raise ValueError(f"{column} is missing")
         try:
-            return load_picture(value["bytes"], self.image_size)
+            return load_picture(bytes(data), self.image_size)
         except ValueError as error:
             raise ValueError(f"{column}: {error}") from error
+
+
+def find_parquet_files(uri: str) -> dict[str, int]:
+    """Return the bytes of each Parquet file below a folder by its name; what begins with a dot is some program's own."""
+    return {
+        name: size
+        for name, size in list_sizes(uri).items()
+        if name.endswith(".parquet") and not any(part.startswith(".") for part in name.split("/"))
+    }
+
+
+def find_published_split(name: str) -> Split | None:
+    """Return the split that a file's name says, or else the nearest of its folders: `test/0.parquet`, `data/val-0.parquet`."""
+    parts = reversed(name.removesuffix(".parquet").split("/"))
+    return next((split for split in map(find_split, parts) if split is not None), None)
+
+
+def _can_hold_pictures(kind: pa.DataType) -> bool:
+    """Say whether a column is of image files' bytes, or of structs with them; a column of nothing alone is, too."""
+    types = pa.types
+    if types.is_struct(kind):
+        return "bytes" in [field.name for field in kind] and _can_hold_pictures(kind.field("bytes").type)
+    return any(
+        check(kind)
+        for check in (
+            types.is_binary,
+            types.is_large_binary,
+            types.is_binary_view,
+            types.is_fixed_size_binary,
+            types.is_null,
+        )
+    )
 
 
 def _open_parquet(handle: Any) -> pq.ParquetFile:  # noqa: ANN401 - any seekable binary file
     """Open a file so that images stream page by page; a page, at most a row group, is the least that can be decoded."""
     return pq.ParquetFile(handle, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
-
-
-def _iterate_rows(
-    file: pq.ParquetFile, index: int, start: int, wanted: dict[int, SampleKey]
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (row of the file, content) of the wanted rows of a row group that begins at row `start`."""
-    last, row = max(wanted), start
-    columns = [*PROMPT_COLUMNS, *IMAGE_COLUMNS]
-    for batch in file.iter_batches(_BATCH_ROWS, row_groups=[index], columns=columns):
-        for place in range(batch.num_rows):
-            if row + place in wanted:
-                yield row + place, batch.slice(place, 1).to_pylist()[0]
-        row += batch.num_rows
-        if row > last:
-            return
 
 
 def _raise_unless_damage(error: Exception) -> None:
@@ -191,8 +263,16 @@ def _raise_unless_damage(error: Exception) -> None:
         raise error
 
 
-def _digest_prompts(prompts: list[str | None]) -> str:
-    return compute_digest(write_canonical_json(prompts).encode())[:16]
+def _digest_prompts(prompts: Iterable[Any]) -> str:
+    """Return the prompt group of a row's texts; one that is no text, whose row is rejected, is told by what it is."""
+    texts = [prompt if isinstance(prompt, str) else _describe_odd(prompt) for prompt in prompts]
+    return compute_digest(write_canonical_json(texts).encode())[:16]
+
+
+def _describe_odd(prompt: object) -> str | None:
+    if isinstance(prompt, bytes):
+        return prompt.decode(errors="backslashreplace")
+    return None if prompt is None else repr(prompt)
 
 
 def _first_line(error: Exception) -> str:

@@ -89,7 +89,7 @@ class PhotosConfig(SourceOptions):
     """Photographs of installed packages."""
 
     kind: Literal["photos"] = "photos"
-    crops_per_photo: int = Field(default=16, ge=1)
+    crops_per_photo: int = Field(default=16, ge=1, le=100_000)
     """Crops of each photograph: the seeds of its prompt group."""
     seed: int = Field(default=0, ge=0)
     """Chooses the crops, and the edit of each photograph."""

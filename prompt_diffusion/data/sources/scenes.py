@@ -183,9 +183,9 @@ class ScenesConfig(SourceOptions):
     """A world of coloured primitives, made from a seed alone."""
 
     kind: Literal["scenes"] = "scenes"
-    num_groups: int = Field(default=1500, ge=1)
+    num_groups: int = Field(default=1500, ge=1, le=1_000_000)
     """Prompt groups: contents with one edit each."""
-    pairs_per_group: int = Field(default=1, ge=1)
+    pairs_per_group: int = Field(default=1, ge=1, le=10_000)
     """Pairs of each prompt group: the same content, placed, seen and lit differently."""
     seed: int = Field(default=0, ge=0)
     """Which world."""

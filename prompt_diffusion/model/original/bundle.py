@@ -13,7 +13,6 @@ from diffusers import DDIMScheduler
 from transformers import CLIPTokenizer
 
 from prompt_diffusion.model.base import compute_latent_stride
-from prompt_diffusion.model.digest import digest_file
 from prompt_diffusion.model.original.folders import find_weights, read_config, read_weights
 from prompt_diffusion.model.original.parts import (
     CHECKING,
@@ -32,6 +31,7 @@ from prompt_diffusion.model.original.parts import (
 from prompt_diffusion.model.original.read import check_types, check_values
 from prompt_diffusion.model.original.schedule import PUBLISHED_BETAS, build_scheduler
 from prompt_diffusion.model.original.tokenizer import fit_tokenizer, read_tokenizer
+from prompt_diffusion.store.digest import digest_file
 
 PORT_CLASS = "PromptDiffusionControlNetModel"
 _OUR_CLASS = "PromptDiffusionControlNet"

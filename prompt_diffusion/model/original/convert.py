@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from prompt_diffusion.model.digest import digest_file
 from prompt_diffusion.model.original.configurations import text_config, unet_config, vae_config, vae_stride
 from prompt_diffusion.model.original.infer import infer_layout
 from prompt_diffusion.model.original.layout import (
@@ -45,6 +44,7 @@ from prompt_diffusion.model.original.parts import (
 from prompt_diffusion.model.original.read import check_types, check_values, read_checkpoint
 from prompt_diffusion.model.original.schedule import read_scheduler
 from prompt_diffusion.model.original.tokenizer import fit_tokenizer
+from prompt_diffusion.store.digest import digest_file
 
 _AVERAGE_NOTES = (f"{AVERAGES}decay", f"{AVERAGES}num_updates")
 

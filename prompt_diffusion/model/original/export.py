@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prompt_diffusion.model.digest import digest_file
 from prompt_diffusion.model.original.configurations import layout_of
 from prompt_diffusion.model.original.folders import read_config, read_weights
 from prompt_diffusion.model.original.layout import POSITIONS, SCALING_FACTOR, is_kernel_of_a_matrix
@@ -20,6 +19,7 @@ from prompt_diffusion.model.original.names import map_names
 from prompt_diffusion.model.original.parts import CHECKING, DIGESTING, WRITING, OnPhase, describe_keys, tell_nobody
 from prompt_diffusion.model.original.read import check_types, check_values
 from prompt_diffusion.model.original.schedule import compute_buffers
+from prompt_diffusion.store.digest import digest_file
 
 _OUR_CLASS = "PromptDiffusionControlNet"
 _FORMATS = (".safetensors", ".ckpt")

@@ -6,6 +6,7 @@ from transformers import CLIPTokenizer
 
 from prompt_diffusion.model.mirror import find_model
 from prompt_diffusion.model.references import SD_V1_5, download_snapshot
+from prompt_diffusion.model.tokenizers import load_tokenizer as load_from_folder
 
 CLIP_REPOSITORY = "openai/clip-vit-large-patch14"
 _VOCABULARIES = ("tokenizer.json", "vocab.json")
@@ -30,9 +31,9 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
     if not any((folder / name).is_file() for name in _VOCABULARIES):  # transformers would make up an empty one
         raise ValueError(f"{folder} holds no CLIP tokenizer: neither {' nor '.join(_VOCABULARIES)}")
     try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the reader of tokenizer.json raises plain Exception
-        raise ValueError(f"{folder} holds no CLIP tokenizer that can be read ({str(error).splitlines()[0]})") from error
+        return load_from_folder(folder)
+    except ValueError as error:
+        raise ValueError(f"{folder} holds no CLIP tokenizer that can be read ({error})") from error
 
 
 def fit_tokenizer(tokenizer: CLIPTokenizer, vocabulary_size: int, num_positions: int) -> CLIPTokenizer:

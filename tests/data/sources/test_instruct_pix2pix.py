@@ -7,13 +7,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from prompt_diffusion.data.records import ImagePair
-from prompt_diffusion.data.sources.export import write_instruct_pix2pix_folder, write_instruct_pix2pix_parquet
+from prompt_diffusion.data.records import ImagePair, image_pairs_table
 from prompt_diffusion.data.sources.instruct_pix2pix import InstructPix2PixConfig, open_instruct_pix2pix
 from prompt_diffusion.data.sources.photos import PhotosConfig, PhotosSource
 from prompt_diffusion.data.transforms import decode_image
 from prompt_diffusion.store.manifest import Reject
 from prompt_diffusion.store.storage import join_uri, list_files
+from tests.data.sources.export import write_instruct_pix2pix_folder, write_instruct_pix2pix_parquet
 
 SIZE = 32
 TEXTS = ("input_prompt", "edit_instruction", "edited_prompt")
@@ -38,8 +38,9 @@ def rows(tmp_path: Path, photos: list[ImagePair]) -> Path:
     return tmp_path / "data"
 
 
-def read_all(uri: object, num_groups: int | None = None) -> tuple[list[ImagePair], list[Reject]]:
-    source = open_instruct_pix2pix(InstructPix2PixConfig(uri=str(uri), num_groups=num_groups), SIZE)
+def read_all(uri: object, num_groups: int | None = None, **options: object) -> tuple[list[ImagePair], list[Reject]]:
+    config = InstructPix2PixConfig.model_validate({"uri": str(uri), "num_groups": num_groups, **options})
+    source = open_instruct_pix2pix(config, SIZE)
     keys = source.plan()
     found = list(source.read(keys))
     assert [item.sample_id for item in found] == [key.sample_id for key in keys]
@@ -154,6 +155,11 @@ BROKEN_PROMPTS = [
     (b'{"input": "a cat", "edit": "x"}', "the caption is missing: output"),
     (b'{"input": " ", "edit": "x", "output": "a dog"}', "the caption is missing: input"),
     (b'{"input": "a cat", "edit": "x", "output": 3}', "output is a int, not a text"),
+    (b'{"input": "a \\ud83d", "edit": "x", "output": "y"}', "input is not Unicode: it has half of a surrogate pair"),
+    (b'{"input": "a", "edit": "\\udc00", "output": "y"}', "edit is not Unicode: it has half of a surrogate pair"),
+    (b'{"input": "caf\xe9"}', "chelsea/prompt.json is not JSON: line 1 is not UTF-8"),
+    (b"[" * 100_000, "chelsea/prompt.json is not JSON"),
+    (b'{"input": ' + b"9" * 5_000 + b"}", "chelsea/prompt.json is not JSON"),
     (None, "chelsea/prompt.json is missing"),
 ]
 
@@ -181,7 +187,7 @@ def test_a_truncated_or_missing_image_rejects_its_pair_alone(folder: Path) -> No
     assert rejects[1].reason == "coffee/2_1.jpg is missing"
 
 
-@pytest.mark.parametrize("content", ["{", '{"a": ["1"]}', '[["a", "1"]]', '[["a", ["x"]]]'])
+@pytest.mark.parametrize("content", ["{", '{"a": ["1"]}', '[["a", "1"]]', '[["a", ["x"]]]', "[" * 100_000])
 def test_a_broken_seeds_file_is_refused_in_one_sentence(folder: Path, content: str) -> None:
     (folder / "seeds.json").write_text(content)
     with pytest.raises(ValueError, match=r"seeds\.json"):
@@ -268,3 +274,161 @@ def test_a_group_with_two_texts_cannot_be_written_as_a_folder(tmp_path: Path, ph
     other = dataclasses.replace(photos[1], edited_prompt="something else")
     with pytest.raises(ValueError, match="prompt group 'astronaut' has two texts"):
         write_instruct_pix2pix_folder([photos[0], other], join_uri(str(tmp_path), "x"))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_texts(folder: Path) -> None:
+    for name in ("seeds.json", "chelsea/prompt.json"):
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    pairs, rejects = read_all(folder)
+    assert (len(pairs), len(rejects)) == (27, 0)
+
+
+@pytest.mark.parametrize("seed", [2**63, str(2**63), -(2**63) - 1, 10**30])
+def test_a_seed_beyond_64_bits_is_a_reject(folder: Path, seed: int | str) -> None:
+    seeds = json.loads((folder / "seeds.json").read_text())
+    (folder / "seeds.json").write_text(json.dumps([*seeds, ["chelsea", [seed, 2**63 - 1]]]))
+    pairs, rejects = read_all(folder)
+    assert rejects[0] == Reject(sample_id=f"chelsea/{seed}", reason=f"the seed {seed} is larger than 64 bits hold")
+    assert rejects[1].reason == f"chelsea/{2**63 - 1}_0.jpg is missing"
+    image_pairs_table(pairs)
+
+
+def test_half_of_a_surrogate_pair_in_a_group_is_a_reject(folder: Path) -> None:
+    seeds = json.loads((folder / "seeds.json").read_text())
+    (folder / "seeds.json").write_text(json.dumps([*seeds, ["half \ud83d", ["1"]]]))
+    pairs, (reject,) = read_all(folder)
+    assert len(pairs) == 27
+    assert reject.sample_id == "half \\ud83d/1"
+    assert "is no file name" in reject.reason
+    reject.model_dump_json()
+
+
+def test_a_pair_that_is_listed_twice_is_told_by_its_entries(folder: Path) -> None:
+    seeds = json.loads((folder / "seeds.json").read_text())
+    (folder / "seeds.json").write_text(json.dumps([*seeds, [seeds[1][0], seeds[1][1][:1]]]))
+    pairs, (reject,) = read_all(folder)
+    assert len(pairs) == 27
+    assert reject.reason == "it is listed twice in seeds.json: in entry 2 and in entry 10"
+
+
+def test_a_folder_that_does_not_exist_is_called_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"^there is no folder {tmp_path}/none$"):
+        read_all(tmp_path / "none")
+    (tmp_path / "x.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match="is a file: name the folder that it lies in"):
+        read_all(tmp_path / "x.parquet")
+
+
+def retype(file: Path, column: str, values: pa.Array) -> None:
+    table = pq.read_table(file)
+    place = table.schema.get_field_index(column)
+    pq.write_table(table.set_column(place, column, values), file)
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+def test_image_columns_of_plain_bytes_are_read(rows: Path, kind: pa.DataType) -> None:
+    for file in rows.iterdir():
+        images = [value["bytes"] for value in pq.read_table(file)["original_image"].to_pylist()]
+        retype(file, "original_image", pa.array(images, kind))
+    pairs, rejects = read_all(rows)
+    assert (len(pairs), len(rejects)) == (27, 0)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        ("images/0.jpg", "string"),
+        ([1, 2], "list<element: int64>"),
+        ({"path": "x.jpg"}, "struct<path: string>"),
+        (7, "int64"),
+    ],
+)
+def test_image_columns_that_hold_no_pictures_are_refused_before_the_first_shard(
+    rows: Path, value: object, kind: str
+) -> None:
+    retype(rows / "train-00001.parquet", "edited_image", pa.array([value] * 10))
+    with pytest.raises(
+        ValueError, match=rf"the column 'edited_image' of .*train-00001\.parquet holds {kind}, not pictures"
+    ):
+        read_all(rows)
+
+
+def test_an_image_column_of_nothing_rejects_its_rows(rows: Path) -> None:
+    retype(rows / "train-00001.parquet", "edited_image", pa.nulls(10))
+    pairs, rejects = read_all(rows)
+    assert (len(pairs), {reject.reason for reject in rejects}) == (17, {"edited_image is missing"})
+
+
+def test_a_prompt_that_is_not_utf_8_rejects_its_row(rows: Path) -> None:
+    texts = [b"fine"] * 9 + [b"caf\xe9"]
+    retype(rows / "train-00001.parquet", "edited_prompt", pa.array(texts, pa.binary()).view(pa.string()))
+    pairs, (reject,) = read_all(rows)
+    assert len(pairs) == 26
+    assert reject.sample_id == "train-00001.parquet#9"
+    assert reject.reason.startswith("edited_prompt is not UTF-8")
+
+
+def test_prompts_as_bytes_are_the_same_texts(rows: Path, photos: list[ImagePair]) -> None:
+    before = [pair.group_id for pair in read_all(rows)[0]]
+    for file in rows.iterdir():
+        texts = pq.read_table(file)["original_prompt"].to_pylist()
+        retype(file, "original_prompt", pa.array([text.encode() for text in texts], pa.binary()))
+    pairs, rejects = read_all(rows)
+    assert not rejects
+    assert [pair.group_id for pair in pairs] == before
+    assert [pair.input_prompt for pair in pairs] == [photo.input_prompt for photo in photos]
+
+
+def test_columns_of_other_names_are_taken(rows: Path) -> None:
+    for file in rows.iterdir():
+        table = pq.read_table(file)
+        pq.write_table(table.rename_columns({"original_image": "image", "edited_prompt": "text"}), file)
+    with pytest.raises(ValueError, match=r"has no columns .*say which they are with ingest\.source\.columns"):
+        read_all(rows)
+    pairs, _ = read_all(rows, columns={"original_image": "image", "edited_prompt": "text"})
+    assert len(pairs) == 27
+    with pytest.raises(ValueError, match=r"ingest\.source\.columns names image; there are original_prompt"):
+        read_all(rows, columns={"image": "original_image"})
+
+
+def rename_splits(rows: Path, *names: str) -> None:
+    for file, name in zip(sorted(rows.iterdir()), names, strict=True):
+        (rows / name).parent.mkdir(exist_ok=True)
+        file.rename(rows / name)
+
+
+PUBLISHED = ("test-00000-of-00001.parquet", "train-00000-of-00001.parquet", "val-00000.parquet")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        PUBLISHED,
+        ("test/0.parquet", "train/0.parquet", "validation/0.parquet"),
+        ("eval_0.parquet", "0.parquet", "dev.parquet"),
+    ],
+)
+def test_published_splits_are_kept_and_training_comes_first(rows: Path, names: tuple[str, ...]) -> None:
+    rename_splits(rows, *names)
+    keys = open_instruct_pix2pix(InstructPix2PixConfig(uri=str(rows)), SIZE).plan()
+    assert [key.published for key in keys] == ["train"] * 10 + ["validation"] * 7 + ["test"] * 10
+    assert [key.file for key in keys[:1]] == [names[1]]
+
+
+def test_published_splits_can_be_ignored(rows: Path) -> None:
+    rename_splits(rows, *PUBLISHED)
+    config = InstructPix2PixConfig(uri=str(rows), published_splits="ignore")
+    keys = open_instruct_pix2pix(config, SIZE).plan()
+    assert {key.published for key in keys} == {None}
+    assert keys[0].file == PUBLISHED[1]
+
+
+def test_training_files_alone_publish_no_split(rows: Path) -> None:
+    assert {key.published for key in open_instruct_pix2pix(InstructPix2PixConfig(uri=str(rows)), SIZE).plan()} == {None}
+
+
+def test_the_first_groups_are_those_of_each_published_split(rows: Path) -> None:
+    rename_splits(rows, *PUBLISHED)
+    keys = open_instruct_pix2pix(InstructPix2PixConfig(uri=str(rows), num_groups=1), SIZE).plan()
+    groups = {key.published: {other.group_id for other in keys if other.published == key.published} for key in keys}
+    assert {split: len(found) for split, found in groups.items()} == {"train": 1, "validation": 1, "test": 1}
