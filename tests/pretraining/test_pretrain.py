@@ -9,16 +9,26 @@ from safetensors.torch import load_file
 
 from prompt_diffusion.data.dataset import Dataset
 from prompt_diffusion.data.sources.scenes import build_scene_pair
+from prompt_diffusion.engine.checkpoint import list_checkpoints
 from prompt_diffusion.engine.config import TrainResources
+from prompt_diffusion.engine.distributed import SINGLE_PROCESS
 from prompt_diffusion.engine.events import Event, StepEvent, ValidationEvent
 from prompt_diffusion.engine.optimizer import learning_rate_factor
 from prompt_diffusion.model.base import load_base
 from prompt_diffusion.pretraining.config import PretrainConfig
 from prompt_diffusion.pretraining.latents import PretrainLatents, load_autoencoder, open_pictures, read_latents
-from prompt_diffusion.pretraining.objectives import standardise_latents
+from prompt_diffusion.pretraining.objectives import Pictures, standardise_latents
 from prompt_diffusion.pretraining.score import HELD_OUT_SEED, score_autoencoder
 from prompt_diffusion.pretraining.stage import Pretrain, PretrainAutoencoder, export_progress
-from prompt_diffusion.pretraining.train import build_vae, encode_pictures, train_tokenizer
+from prompt_diffusion.pretraining.train import (
+    build_base,
+    build_vae,
+    encode_pictures,
+    train_autoencoder,
+    train_text_to_image,
+    train_tokenizer,
+)
+from prompt_diffusion.store.lease import Lease, LeaseLostError
 from prompt_diffusion.store.manifest import open_manifest
 from prompt_diffusion.store.records import ShardProgress
 from prompt_diffusion.store.stage import Context, obtain
@@ -116,6 +126,44 @@ def test_each_stage_reports_how_far_it_is(pretrained):
     shards = heard["pretrain latents"]
     assert all(isinstance(progress, ShardProgress) for progress in shards)
     assert (shards[-1].num_done, shards[-1].num_rows) == (shards[-1].num_shards, 24)
+
+
+def test_a_pretraining_keeps_others_out_while_it_trains_and_trains_nothing_that_is_sealed(
+    pretrained, scene_inputs, dataset, monkeypatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as a batch system may leave it
+    autoencoder, latents, *_ = pretrained
+    config = TINY.model_copy(update={"seed": 7, "vae_steps": 2, "unet_steps": 2})
+    for stage in (PretrainAutoencoder(config, dataset), Pretrain(config, autoencoder, latents, dataset)):
+        others = []
+
+        def look(event, stage=stage, others=others):
+            others.append(Lease(stage.identity.uri(scene_inputs.store)).try_acquire())
+
+        ref = stage.run(Context(scene_inputs.store, RESOURCES, look))
+        assert others
+        assert not any(others)
+        heard = []
+        assert stage.run(Context(scene_inputs.store, RESOURCES, heard.append)) == ref
+        assert not heard
+
+
+def test_a_pretraining_that_was_followed_by_another_run_writes_no_checkpoint(pretrained, dataset, tmp_path):
+    def refuse():
+        raise LeaseLostError("taken over")
+
+    autoencoder, latents, *_ = pretrained
+    shown = open_pictures(dataset, "train", RESOURCES)
+    common = {"resources": RESOURCES, "world": SINGLE_PROCESS, "check_owner": refuse}
+    pictures = Pictures(shown.read, shown.captions, TINY.vae_shares)
+    with pytest.raises(LeaseLostError):
+        train_autoencoder(TINY, pictures, str(tmp_path / "vae"), **common)
+    base = build_base(TINY, load_autoencoder(autoencoder), shown.captions)
+    found = read_latents(latents, TINY.unet_shares)
+    with pytest.raises(LeaseLostError):
+        train_text_to_image(TINY, base, found, shown.captions, str(tmp_path / "unet"), **common)
+    assert not list_checkpoints(str(tmp_path / "vae"))
+    assert not list_checkpoints(str(tmp_path / "unet"))
 
 
 def test_the_sealed_base_loads_and_its_card_has_the_floor_of_every_kind(pretrained, tmp_path):
