@@ -6,7 +6,8 @@ from flows.run import Upstream, start_run
 from flows.stages import obtain, obtain_dataset, obtain_pairs
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.pretraining.config import PretrainConfig
-from prompt_diffusion.pretraining.stage import Pretrain
+from prompt_diffusion.pretraining.latents import PretrainLatents
+from prompt_diffusion.pretraining.stage import Pretrain, PretrainAutoencoder
 from prompt_diffusion.store.manifest import ManifestRef
 from tasks.publish import install
 
@@ -17,7 +18,7 @@ CONDITIONS = ("depth", "hed", "seg", "normal")
 
 @flow(name="pretrain")
 def pretrain_demo_base(
-    num_scenes: int = 2632,
+    num_scenes: int = 10_000,
     config: PretrainConfig = PretrainConfig(),  # noqa: B008 - frozen
     store: str | None = None,
     upstream: Upstream = "make",
@@ -41,7 +42,10 @@ def pretrain_demo_base(
     }
     run = start_run("demo", overrides, store, upstream, needs_models=False)
     dataset = obtain_dataset(run, obtain_pairs(run))
-    base = obtain(run.making(), Pretrain(config, dataset), TrainResources())
+    making, resources = run.making(), TrainResources(checkpoint_every_seconds=120.0)
+    autoencoder = obtain(making, PretrainAutoencoder(config, dataset), resources)
+    latents = obtain(making, PretrainLatents(config, autoencoder, dataset), resources)
+    base = obtain(making, Pretrain(config, autoencoder, latents, dataset), resources)
     if install_it:
         install(base)
     return base

@@ -10,8 +10,7 @@ import httpx
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.logging import get_run_logger
 
-from prompt_diffusion.engine.events import Event, OnEvent, StepEvent, describe, describe_losses
-from prompt_diffusion.pretraining.stage import PretrainProgress
+from prompt_diffusion.engine.events import Event, StepEvent, describe, describe_losses
 from prompt_diffusion.store.records import Progress, ShardProgress
 from prompt_diffusion.store.stage import Report
 
@@ -53,17 +52,6 @@ def log_progress(what: str, items_per_row: int = 1, unit: str = "rows") -> Repor
     return report
 
 
-def log_pretraining() -> Report:
-    """Return a listener for the pre-training of a base, which has two trainings."""
-    listeners = {phase: log_training(phase) for phase in ("vae", "unet")}
-
-    def report(progress: Progress) -> None:
-        assert isinstance(progress, PretrainProgress)
-        listeners[progress.phase](progress.event)
-
-    return report
-
-
 def show_progress() -> Callable[[float, str], None]:
     """Return a function that sets percentage and description of a bar on Prefect's page, for the current task run.
 
@@ -86,7 +74,7 @@ def show_progress() -> Callable[[float, str], None]:
     return show
 
 
-def log_training(name: str) -> OnEvent:
+def log_training(name: str) -> Report:
     """Return a listener that logs a training's events and keeps the task run's progress artifact.
 
     A step is logged with a bar, every few seconds at most; the mean loss of each vision task, every minute at most; every
@@ -96,8 +84,9 @@ def log_training(name: str) -> OnEvent:
     last_step_line = last_losses_line = 0.0
     losses: dict[str, list[float]] = {}
 
-    def report(event: Event) -> None:
+    def report(event: Progress) -> None:
         nonlocal last_step_line, last_losses_line
+        assert isinstance(event, Event)
         if not isinstance(event, StepEvent):
             logger.info("%s: %s", name, describe(event))
             return

@@ -16,7 +16,8 @@ from prompt_diffusion.evaluation.cells import MeasureCell
 from prompt_diffusion.evaluation.generate import Generate
 from prompt_diffusion.evaluation.in_context import MeasureInContext
 from prompt_diffusion.evaluation.trivial import MeasureTrivial
-from prompt_diffusion.pretraining.stage import Pretrain
+from prompt_diffusion.pretraining.latents import PretrainLatents
+from prompt_diffusion.pretraining.stage import Pretrain, PretrainAutoencoder
 from prompt_diffusion.settings import load_settings
 from prompt_diffusion.store.manifest import ManifestRef
 from prompt_diffusion.store.records import MadeShard
@@ -25,7 +26,7 @@ from prompt_diffusion.tracking.finishing import finish_run
 from prompt_diffusion.training.encode import Encode, EncodeText
 from prompt_diffusion.training.stage import Train
 from tasks.caching import SealedPolicy
-from tasks.progress import log_pretraining, log_progress
+from tasks.progress import log_progress, log_training
 from tasks.retries import is_transient
 from tasks.train import follow_training
 
@@ -54,6 +55,8 @@ PLANS: dict[type, Plan] = {
     Encode: Plan("encode", 7 * DAY_SECONDS),
     EncodeText: Plan("encode text", 7 * DAY_SECONDS),
     Train: Plan("train", None),
+    PretrainAutoencoder: Plan("pretrain autoencoder", None),
+    PretrainLatents: Plan("pretrain latents", 7 * DAY_SECONDS, unit="pairs"),
     Pretrain: Plan("pretrain", None),
     Generate: Plan("generate", 7 * DAY_SECONDS, unit="images"),
     MeasureCell: Plan("measure"),
@@ -116,8 +119,8 @@ def follow(stage: Stage[R], context: Context[R]) -> AbstractContextManager[Repor
     """Report a stage's progress to the run's log, Prefect's page and, for a training, MLflow."""
     if isinstance(stage, Train):
         return follow_training(stage, context)
-    if isinstance(stage, Pretrain):
-        return _hold(log_pretraining())
+    if isinstance(stage, PretrainAutoencoder | Pretrain):
+        return _hold(log_training(stage.title))
     plan = PLANS[type(stage)]
     return _hold(log_progress(stage.title, plan.items_per_row, plan.unit))
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from prompt_diffusion.engine.config import TrainResources
+from prompt_diffusion.engine.events import Event
 from prompt_diffusion.registry import RunTracker
 from prompt_diffusion.settings import load_settings
 from prompt_diffusion.store.manifest import find_sealed
@@ -13,7 +14,7 @@ from prompt_diffusion.store.records import Progress
 from prompt_diffusion.store.stage import Context, Report
 from prompt_diffusion.tracking.facts import flatten
 from prompt_diffusion.training.launch import TrainingStoppedError
-from prompt_diffusion.training.stage import Train, TrainProgress
+from prompt_diffusion.training.stage import Train
 from tasks.progress import log_training
 from tasks.slots import occupy_gpus
 
@@ -37,9 +38,9 @@ def follow_training(stage: Train, context: Context[R]) -> Iterator[Report]:
                 raise TrainingStoppedError(
                     f"{stage.title} was stopped: run the same command to go on from its last checkpoint"
                 )
-            assert isinstance(progress, TrainProgress)
-            tracker.log_event(progress.event)
-            log_event(progress.event)
+            assert isinstance(progress, Event)
+            tracker.log_event(progress)
+            log_event(progress)
 
         yield report
         model = find_sealed(stage.identity, context.store)

@@ -7,10 +7,10 @@ from typing import Annotated, Literal, assert_never
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from prompt_diffusion.frozen import FrozenModel
-from prompt_diffusion.store.records import ManifestRef
+from prompt_diffusion.store.records import ManifestRef, Progress
 
 
-class _BaseEvent(FrozenModel):
+class _BaseEvent(FrozenModel, Progress):
     # a diverging run reports losses and norms that are NaN or infinite: they have to survive the trip through JSON
     model_config = ConfigDict(ser_json_inf_nan="constants", allow_inf_nan=True)  # a loss may be NaN, and is reported
 

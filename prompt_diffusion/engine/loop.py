@@ -24,6 +24,7 @@ from prompt_diffusion.engine.objective import BatchT, LoopPlan, Objective, Valid
 from prompt_diffusion.engine.optimizer import build_optimizers, learning_rate_factor, set_learning_rates
 from prompt_diffusion.engine.prefetch import Prefetcher
 from prompt_diffusion.engine.profiler import profile_steps
+from prompt_diffusion.engine.stopping import Stopped
 from prompt_diffusion.engine.validation import PeriodicValidation
 
 logger = logging.getLogger(__name__)
@@ -31,10 +32,6 @@ logger = logging.getLogger(__name__)
 _MAX_SKIPS_IN_A_ROW = 5
 _CPU_MICRO_BATCH = 16
 """Micro-batch size of a CPU, unless one is configured: a larger one is no faster."""
-
-
-class Stopped(Exception):  # noqa: N818 - not an error: the run was asked to stop, and has saved a checkpoint
-    """The run was asked to stop (SIGTERM or Ctrl-C) and has saved a checkpoint."""
 
 
 def run_loop(

@@ -22,11 +22,15 @@ def sample_noise(generator: np.random.Generator, shape: tuple[int, ...] | torch.
 def compute_min_snr_weights(alphas_cumprod: Tensor, steps: Tensor, gamma: float, prediction_type: str) -> Tensor:
     """Return each sample's loss weight of the min-SNR-gamma strategy (Hang et al., arXiv 2303.09556).
 
-    ``alphas_cumprod``: the schedule, T; ``steps``: N. With SNR = a / (1 - a): min(SNR, gamma) / SNR for noise prediction,
-    min(SNR, gamma) / (SNR + 1) for v.
+    ``alphas_cumprod``: the schedule, T; ``steps``: N. With SNR = a / (1 - a): min(SNR, gamma) / SNR for noise prediction, and
+    (min(SNR, gamma) + 1) / (SNR + 1) for v. The paper's min(SNR, gamma) / (SNR + 1) for v falls to 0 with the SNR: with a
+    schedule of zero terminal SNR the last timestep, which sampling begins with, would never be trained. Ours weighs all
+    timesteps of an SNR up to gamma alike, and cleaner ones like the paper in the limit.
     """
     signal = alphas_cumprod[steps]
     snr = signal / (1.0 - signal)
     capped = snr.clamp(max=gamma)
+    if prediction_type == "v_prediction":
+        return (capped + 1.0) / (snr + 1.0)
     # Without any signal both capped and snr are zero: the limit of their ratio is 1.
-    return capped / (snr + 1.0) if prediction_type == "v_prediction" else torch.where(snr > 0, capped / snr, 1.0)
+    return torch.where(snr > 0, capped / snr, 1.0)

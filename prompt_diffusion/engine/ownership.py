@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from prompt_diffusion.engine.distributed import World
-from prompt_diffusion.engine.loop import Stopped
+from prompt_diffusion.engine.stopping import Stopped
 from prompt_diffusion.store.lease import BEAT_SECONDS, PATIENCE_SECONDS, Lease
 from prompt_diffusion.store.manifest import is_sealed
 

@@ -1,34 +1,35 @@
 """What the demo's base is trained on: reconstruction for its autoencoder, text-to-image for its UNet."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name torch's own documentation uses
 from transformers import CLIPTextModel
 
+from prompt_diffusion.data.families import find_source, vary
 from prompt_diffusion.data.sampler import RowOrder, sample_generator
-from prompt_diffusion.data.transforms import to_model_range
+from prompt_diffusion.data.transforms import Pixels, to_model_range
 from prompt_diffusion.engine.config import NoiseConfig
-from prompt_diffusion.engine.noise import draw_timestep, sample_noise
+from prompt_diffusion.engine.noise import compute_min_snr_weights, draw_timestep, sample_noise
 
-IMAGE = "image"
+ReadPicture = Callable[[str, int], Pixels]
+"""Gives the picture of a kind, ``image`` or a condition, in a row: uint8 H, W, 3."""
 
 
 @dataclass(frozen=True)
 class Pictures:
     """All that a base is shown: pictures by kind, the photographs' captions beside them."""
 
-    by_kind: dict[str, NDArray[np.uint8]]
-    """``image`` and each condition: N, H, W, 3; the same row is the same scene."""
+    read: ReadPicture
+    """``image`` and each condition; the same row is the same scene."""
     captions: Sequence[str]
-    """One caption a row of ``image``."""
+    """One caption a row."""
     shares: dict[str, float]
-    """How often each kind is drawn; shares sum to 1."""
+    """How often each kind is drawn, members of families among them; shares sum to 1."""
 
     def draw(self, seed: int, index: int) -> tuple[str, int, np.random.Generator]:
         """Return kind and row of a stream's sample, and the generator for what else is random in it."""
@@ -84,10 +85,10 @@ class AutoencoderObjective:
         images, labels, noises = [], [], []
         for index in indices:
             kind, row, generator = self.pictures.draw(self.seed, index)
-            image = self.pictures.by_kind[kind][row]
+            image = self.pictures.read(find_source(kind), row)
             size = image.shape[0] // 2 if indices.start < self.cropped_until else image.shape[0]
             top, left = (int(generator.integers(0, image.shape[0] - size + 1)) for _ in range(2))
-            images.append(image[top : top + size, left : left + size])
+            images.append(vary(kind, image[top : top + size, left : left + size], generator))
             labels.append(self.labels.index(kind))
             latent = size // 2 ** (len(self.vae.config["block_out_channels"]) - 1)
             noises.append(sample_noise(generator, (self.vae.config["latent_channels"], latent, latent)))
@@ -95,7 +96,11 @@ class AutoencoderObjective:
 
     def compute_losses(self, batch: PictureBatch) -> tuple[Tensor, list[int]]:
         """Return one loss a sample, and the kind of picture it was."""
-        target = batch.images
+        # crops are a fifth faster with channels last, whole pictures, which fit no cache, with channels first
+        is_crop = batch.images.shape[-1] < self.vae.config["sample_size"]
+        layout = torch.channels_last if is_crop else torch.contiguous_format
+        self.vae.to(memory_format=layout)
+        target = batch.images.contiguous(memory_format=layout)
         posterior = self.vae.encode(target).latent_dist
         output = self.vae.decode(posterior.mean + posterior.std * batch.noise).sample
         pixels = _mean((output - target).abs()) + _mean((output - target).square())
@@ -104,15 +109,19 @@ class AutoencoderObjective:
 
 
 class TextToImageObjective:
-    """The usual denoising loss on latents, the caption as text; condition maps and some photographs go without text."""
+    """The usual denoising loss on latents, the caption as text; condition maps and some photographs go without text.
+
+    ``latents``, by kind: N, C, h, w, a row each of the pictures, or of every second one (a pair's first). ``tokens``, of the
+    kinds that have captions: N, L.
+    """
 
     def __init__(
         self,
         unet: UNet2DConditionModel,
         text_encoder: CLIPTextModel,
         scheduler: DDPMScheduler,
-        latents: dict[str, Tensor],
-        tokens: Tensor,
+        latents: Mapping[str, Tensor],
+        tokens: Mapping[str, Tensor],
         empty_tokens: Tensor,
         pictures: Pictures,
         noise: NoiseConfig,
@@ -129,9 +138,10 @@ class TextToImageObjective:
         clean, noises, timesteps, tokens, labels = [], [], [], [], []
         for index in indices:
             kind, row, generator = self.pictures.draw(self.seed, index)
-            has_text = kind == IMAGE and generator.random() >= self.text_dropout
-            clean.append(self.latents[kind][row])
-            tokens.append(self.tokens[row] if has_text else self.empty_tokens)
+            has_text = kind in self.tokens and generator.random() >= self.text_dropout
+            latents = self.latents[kind]
+            clean.append(latents[row * len(latents) // len(self.pictures.captions)])
+            tokens.append(self.tokens[kind][row] if has_text else self.empty_tokens)
             timesteps.append(draw_timestep(generator, self.noise, self.scheduler.config["num_train_timesteps"]))
             noises.append(sample_noise(generator, clean[-1].shape))
             labels.append(self.labels.index(kind))
@@ -145,7 +155,11 @@ class TextToImageObjective:
         noisy = self.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
         prediction = self.unet(noisy, batch.timesteps, text).sample
         target = self.scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
-        return _mean((prediction - target).square()), batch.labels
+        losses, gamma = _mean((prediction - target).square()), self.noise.min_snr_gamma
+        if gamma is not None:
+            kind = self.scheduler.config["prediction_type"]
+            losses = losses * compute_min_snr_weights(self.scheduler.alphas_cumprod, batch.timesteps, gamma, kind)
+        return losses, batch.labels
 
 
 def _mean(values: Tensor) -> Tensor:

@@ -1,22 +1,27 @@
-"""Stage ``pretrain``: the demo's base from image pairs and their maps, sealed with its scores and its model card."""
+"""Stages ``pretrain-autoencoder`` and ``pretrain``: the demo's base, sealed with its scores and its model card."""
 
-import json
+import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from prompt_diffusion.data.dataset import Dataset, InContextData, Side
-from prompt_diffusion.data.records import Split
+from prompt_diffusion.data.dataset import Dataset
 from prompt_diffusion.engine.config import TrainResources
-from prompt_diffusion.engine.events import Event
 from prompt_diffusion.model.references import DEMO_BASE_FOLDER
 from prompt_diffusion.pretraining.config import PretrainConfig
-from prompt_diffusion.store.fingerprint import StageIdentity
+from prompt_diffusion.pretraining.latents import (
+    VAE_FOLDER,
+    ScenePictures,
+    list_picture_inputs,
+    load_autoencoder,
+    open_pictures,
+    read_latents,
+)
+from prompt_diffusion.store.fingerprint import StageIdentity, StageInput
 from prompt_diffusion.store.manifest import (
     ManifestRef,
     find_sealed,
@@ -25,53 +30,28 @@ from prompt_diffusion.store.manifest import (
     write_file,
     write_folder,
 )
-from prompt_diffusion.store.records import Progress
 from prompt_diffusion.store.stage import Context, Stage
 from prompt_diffusion.store.storage import join_uri
 
 if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
     from prompt_diffusion.engine.distributed import World
     from prompt_diffusion.model.base import Base
 
-VERSION = 2
-BASE_FOLDER = "base"
-_SCORED_IMAGES = 256
-_CARD = """---
-license: apache-2.0
-library_name: diffusers
----
-# The demo's base model
+logger = logging.getLogger(__name__)
 
-To `make demo` it is what Stable Diffusion v1.5 is to the paper: a latent text-to-image diffusion model of diffusers' own
-classes, here with {parameters:.1f} million parameters, for {size} x {size} pixels. It knows ray-cast scenes of coloured
-primitives and nothing else, and is of no use for other pictures.
-
-**Made by** the flow `pretrain/demo-base` of this repository, from scratch, on {scenes} scene pairs of world 1000 (the demo's
-own scenes are of world 0: it has seen none of them) and their depth, edge, segmentation and normal maps: the autoencoder in
-{vae_steps} steps of {vae_batch}, then UNet and text encoder together in {unet_steps} steps of {unet_batch}, on CPU. Maps carry
-no text. v-prediction, SD's betas rescaled to zero terminal SNR. Weights are stored in float16.
-
-**Scores** on {held_out} held-out pictures of each kind: the autoencoder restores them at {psnr}; the denoising loss on
-photographs with their captions is {loss:.4f}.
-
-The complete configuration is in `pretrain.json`.
-"""
+AUTOENCODER_VERSION = 1
+VERSION = 3
+BASE_FOLDER, _SCORES_FILE = "base", "scores.json"
+_SCORED, _SCORED_ON_THE_WAY = 256, 16
 
 
 @dataclass(frozen=True)
-class PretrainProgress(Progress):
-    """What one phase of the pre-training reported."""
+class PretrainAutoencoder(Stage[TrainResources]):
+    """The stage: ``vae/`` (diffusers' layout, float32) and ``scores.json`` (PSNR and RMSE of each kind of picture).
 
-    phase: str
-    """``vae`` or ``unet``."""
-    event: Event
-
-
-@dataclass(frozen=True)
-class Pretrain(Stage[TrainResources]):
-    """The stage: a base in ``base/`` (diffusers' layout, float16, with a model card), trained on the train split.
-
-    It is trained in this process, resumes from checkpoints, and is scored on the validation split.
+    It is trained on the train split, in this process, resumes from checkpoints, and is scored on the validation split.
     """
 
     config: PretrainConfig
@@ -80,16 +60,19 @@ class Pretrain(Stage[TrainResources]):
     @property
     def title(self) -> str:
         """What people call it."""
-        return "pretrain base"
+        return "pretrain autoencoder"
 
     def identify(self) -> StageIdentity:
-        """Return architecture and recipe, image pairs and every condition map."""
-        inputs = self.dataset.list_inputs(sorted(self.dataset.maps))
-        config = self.config.model_dump(mode="json")
-        return StageIdentity(stage="pretrain", version=VERSION, config=config, inputs=inputs)
+        """Return the autoencoder's part of the configuration, image pairs and every condition map."""
+        return StageIdentity(
+            stage="pretrain-autoencoder",
+            version=AUTOENCODER_VERSION,
+            config=self.config.list_autoencoder_fields(),
+            inputs=list_picture_inputs(self.dataset, self.config.vae_shares),
+        )
 
     def run(self, context: Context[TrainResources]) -> ManifestRef:
-        """Train, score, and seal; another run of the same pre-training is waited for."""
+        """Train, score, and seal; the context hears every event, and another run of the same stage is waited for."""
         from prompt_diffusion.engine.distributed import join_world
         from prompt_diffusion.engine.ownership import own_stage
 
@@ -101,72 +84,153 @@ class Pretrain(Stage[TrainResources]):
             return sealed or self._make(context, world, check_owner)
 
     def _make(self, context: Context[TrainResources], world: "World", check_owner: Callable[[], None]) -> ManifestRef:
-        from prompt_diffusion.pretraining.train import pretrain_base
+        from prompt_diffusion.pretraining.objectives import Pictures
+        from prompt_diffusion.pretraining.score import score_autoencoder, write_scores
+        from prompt_diffusion.pretraining.train import train_autoencoder
 
-        identity, store, config = self.identity, context.store, self.config
-        by_kind, captions = read_pictures(self.dataset, "train")
-        base = pretrain_base(
-            config,
-            by_kind,
-            captions,
-            lambda phase: join_uri(identity.uri(store), "checkpoints", phase),
-            context.resources,
+        identity, store, resources = self.identity, context.store, context.resources
+        shares = self.config.vae_shares
+        shown = open_pictures(self.dataset, "train", resources)
+        held_out = open_pictures(self.dataset, "validation", resources)
+
+        def validate(vae: "AutoencoderKL") -> float:
+            scores = score_autoencoder(vae, held_out.read, shares, _SCORED_ON_THE_WAY)
+            logger.info("restored, dB: %s", ", ".join(f"{kind} {score.psnr:.1f}" for kind, score in scores.items()))
+            return float(np.mean([score.rmse for score in scores.values()]))
+
+        vae = train_autoencoder(
+            self.config,
+            Pictures(shown.read, shown.captions, shares),
+            join_uri(identity.uri(store), "checkpoints"),
+            resources,
             world,
-            lambda phase: lambda event: context.report(PretrainProgress(phase, event)),
+            context.report,
+            validate,
             check_owner,
         )
+        scores = score_autoencoder(vae, held_out.read, shares, min(_SCORED, len(held_out.captions)))
         check_owner()
-        held_out, texts = read_pictures(self.dataset, "validation")
-        scored = {kind: images[:_SCORED_IMAGES] for kind, images in held_out.items()}
         with tempfile.TemporaryDirectory() as folder:
-            write_base(base, config, Path(folder), scored, texts, len(captions) // 2)
+            vae.save_pretrained(folder, safe_serialization=True)
+            files = write_folder(identity, store, VAE_FOLDER, Path(folder))
+        files.append(write_file(identity, store, _SCORES_FILE, write_scores(scores)))
+        return seal_manifest(identity, store, files, counts={"scenes": shown.data.num_rows})
+
+
+@dataclass(frozen=True)
+class Pretrain(Stage[TrainResources]):
+    """The stage: a base in ``base/`` (diffusers' layout, float16, with a model card) around a sealed autoencoder.
+
+    UNet and text encoder are trained on the train split, in this process, resume from checkpoints, and are scored on the
+    validation split.
+    """
+
+    config: PretrainConfig
+    autoencoder: ManifestRef
+    latents: ManifestRef
+    dataset: Dataset
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return "pretrain base"
+
+    def identify(self) -> StageIdentity:
+        """Return architecture and recipe, autoencoder, latents, image pairs and every condition map."""
+        made = (StageInput.of("autoencoder", self.autoencoder), StageInput.of("latents", self.latents))
+        return StageIdentity(
+            stage="pretrain",
+            version=VERSION,
+            config=self.config.model_dump(mode="json"),
+            inputs=(*made, *list_picture_inputs(self.dataset, self.config.unet_shares)),
+        )
+
+    def checkpoints(self, store: str) -> str:
+        """Return the URI of the checkpoint folder."""
+        return join_uri(self.identity.uri(store), "checkpoints")
+
+    def run(self, context: Context[TrainResources]) -> ManifestRef:
+        """Train, score, and seal; the context hears every event, and another run of the same stage is waited for."""
+        from prompt_diffusion.engine.distributed import join_world
+        from prompt_diffusion.engine.ownership import own_stage
+
+        with (
+            join_world("cpu", context.resources.threads_per_process, is_alone=True) as world,
+            own_stage(self.identity.uri(context.store), world) as check_owner,
+        ):
+            sealed = find_sealed(self.identity, context.store)  # another run may have ended it while this one waited
+            return sealed or self._make(context, world, check_owner)
+
+    def _make(self, context: Context[TrainResources], world: "World", check_owner: Callable[[], None]) -> ManifestRef:
+        from prompt_diffusion.pretraining.score import compute_denoising_loss
+        from prompt_diffusion.pretraining.train import build_base, train_text_to_image
+
+        identity, store, config, resources = self.identity, context.store, self.config, context.resources
+        shown = open_pictures(self.dataset, "train", resources)
+        held_out = open_pictures(self.dataset, "validation", resources)
+        base = build_base(config, load_autoencoder(self.autoencoder), shown.captions)
+
+        def validate() -> float:
+            return compute_denoising_loss(base, config, held_out.read, held_out.captions, _SCORED)
+
+        train_text_to_image(
+            config,
+            base,
+            read_latents(self.latents, config.unet_shares),
+            shown.captions,
+            self.checkpoints(store),
+            resources,
+            world,
+            context.report,
+            validate,
+            check_owner,
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            _describe_base(self, base, shown, held_out, config.unet_steps, Path(folder))
+            check_owner()
             files = write_folder(identity, store, BASE_FOLDER, Path(folder))
         files.append(write_file(identity, store, "config.json", config.model_dump_json(indent=2).encode()))
-        return seal_manifest(identity, store, files, counts={"scenes": len(captions) // 2})
+        return seal_manifest(identity, store, files, counts={"scenes": shown.data.num_rows})
 
 
-def write_base(
-    base: "Base",
-    config: PretrainConfig,
-    folder: Path,
-    held_out: Mapping[str, NDArray[np.uint8]],
-    captions: list[str],
-    num_scenes: int,
-) -> None:
-    """Write a base as it is shipped: float16 safetensors, its configuration, and a model card with measured scores."""
+def export_progress(stage: Pretrain, context: Context[TrainResources], folder: Path) -> int:
+    """Write the base as it stands at its newest checkpoint, as it would be shipped, and return that step.
+
+    Of a recipe that keeps an EMA, it is the EMA's weights. ValueError where there is no checkpoint.
+    """
     import torch
 
-    from prompt_diffusion.pretraining.train import compute_denoising_loss, compute_psnr
+    from prompt_diffusion.engine.checkpoint import restore_checkpoint
+    from prompt_diffusion.pretraining.train import build_base, name_parameters
 
-    psnr = {kind: compute_psnr(base.vae, images) for kind, images in held_out.items()}
-    loss = compute_denoising_loss(base, config, held_out["image"], captions)
-    base.save(folder, dtype=torch.float16)
-    parameters = sum(p.numel() for part in (base.vae, base.unet, base.text_encoder) for p in part.parameters())
-    card = _CARD.format(
-        parameters=parameters / 1e6,
-        size=config.image_size,
-        scenes=num_scenes,
-        vae_steps=config.vae_steps,
-        vae_batch=config.vae_batch_size,
-        unet_steps=config.unet_steps,
-        unet_batch=config.unet_batch_size,
-        held_out=len(held_out["image"]),
-        psnr=", ".join(f"{value:.1f} dB ({kind})" for kind, value in psnr.items()),
-        loss=loss,
-    )
-    (folder / "README.md").write_text(card)
-    (folder / "pretrain.json").write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
+    config, checkpoints = stage.config, stage.checkpoints(context.store)
+    shown = open_pictures(stage.dataset, "train", context.resources)
+    base = build_base(config, load_autoencoder(stage.autoencoder), shown.captions)
+    parameters = name_parameters(base)
+    ema = {} if config.unet_optimizer.ema_decay is None else {n: p.detach().clone() for n, p in parameters.items()}
+    step = restore_checkpoint(checkpoints, parameters, [], ema).step
+    if step == 0:
+        raise ValueError(f"{checkpoints} has no checkpoint yet")
+    with torch.no_grad():
+        for name, average in ema.items():
+            parameters[name].copy_(average)
+    base.unet.eval()
+    base.text_encoder.eval()
+    held_out = open_pictures(stage.dataset, "validation", context.resources)
+    _describe_base(stage, base, shown, held_out, step, folder)
+    return step
 
 
-def read_pictures(dataset: Dataset, split: Split) -> tuple[dict[str, NDArray[np.uint8]], list[str]]:
-    """Return every picture of a split by kind (N, H, W, 3: each pair's input, then its edited twin) and the captions."""
-    maps = {name: open_manifest(ref.uri) for name, ref in dataset.maps.items()}
-    data = InContextData(open_manifest(dataset.pairs.uri), maps, split)
-    sides: tuple[Side, Side] = ("input", "edited")
-    order = [(row, side) for row in range(data.num_rows) for side in sides]
-    kinds: dict[str, str | None] = {"image": None, **{name: name for name in maps}}
-    by_kind = {kind: np.stack([data.image(row, side, name) for row, side in order]) for kind, name in kinds.items()}
-    return by_kind, [data.captions(side)[row] for row, side in order]
+def _describe_base(
+    stage: Pretrain, base: "Base", shown: ScenePictures, held_out: ScenePictures, step: int, folder: Path
+) -> None:
+    """Score a base and write it with its model card."""
+    from prompt_diffusion.pretraining.score import compute_denoising_loss, read_scores, write_base
+
+    num_scored = min(_SCORED, len(held_out.captions))
+    loss = compute_denoising_loss(base, stage.config, held_out.read, held_out.captions, num_scored)
+    scores = read_scores(open_manifest(stage.autoencoder.uri).read_file(_SCORES_FILE))
+    write_base(base, stage.config, folder, scores, loss, step, shown.data.num_rows, num_scored)
 
 
 def install_base(model: ManifestRef, folder: Path = DEMO_BASE_FOLDER) -> Path:

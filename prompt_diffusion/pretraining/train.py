@@ -1,17 +1,20 @@
 """Pre-training of the demo's base, from scratch: autoencoder, tokenizer, text encoder and text-to-image UNet."""
 
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
-from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from prompt_diffusion.data.transforms import from_model_range, to_model_range
+from prompt_diffusion.data.families import IMAGE, MIRRORED
+from prompt_diffusion.data.sources.scenes import mirror_caption
+from prompt_diffusion.data.transforms import Pixels, to_model_range
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.engine.distributed import World
 from prompt_diffusion.engine.events import OnEvent
@@ -20,7 +23,6 @@ from prompt_diffusion.engine.objective import LoopPlan
 from prompt_diffusion.model.base import Base
 from prompt_diffusion.pretraining.config import PretrainConfig
 from prompt_diffusion.pretraining.objectives import (
-    IMAGE,
     AutoencoderObjective,
     Pictures,
     TextToImageObjective,
@@ -28,7 +30,8 @@ from prompt_diffusion.pretraining.objectives import (
 )
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
-_ENCODE_BATCH = 64
+_ENCODE_BATCH = 8  # more at once fit no cache and are slower
+_STANDARDISED_ON = 2000
 
 
 def build_vae(config: PretrainConfig) -> AutoencoderKL:
@@ -84,7 +87,9 @@ def train_tokenizer(captions: Sequence[str], config: PretrainConfig) -> CLIPToke
     learner.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocabulary_size,
-        special_tokens=[_START, _END],
+        # Letters that end a word are named, too: else they get their numbers in the order of a hash table that no two
+        # processes share, and a training that goes on would read its captions with another vocabulary.
+        special_tokens=[_START, _END, *(f"{letter}</w>" for letter in _find_last_letters(captions))],
         end_of_word_suffix="</w>",
         initial_alphabet=list("abcdefghijklmnopqrstuvwxyz0123456789,."),
         show_progress=False,
@@ -93,6 +98,11 @@ def train_tokenizer(captions: Sequence[str], config: PretrainConfig) -> CLIPToke
     learned = learner.model
     files = _read_bpe(learned)
     return CLIPTokenizer(vocab=files[0], merges=files[1], model_max_length=config.text_length)
+
+
+def _find_last_letters(captions: Iterable[str]) -> list[str]:
+    """Return what words and runs of punctuation end with, sorted; words as the tokenizer's pre-tokenizer has them."""
+    return sorted({word[-1] for caption in captions for word in re.findall(r"\w+|[^\w\s]+", caption.lower())})
 
 
 def _read_bpe(model: models.BPE) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -119,109 +129,116 @@ def build_text_encoder(config: PretrainConfig, tokenizer: CLIPTokenizer) -> CLIP
     )
 
 
+def _cut(images: Iterable[Pixels]) -> Iterator[list[Pixels]]:
+    rest = iter(images)
+    while batch := list(islice(rest, _ENCODE_BATCH)):
+        yield batch
+
+
 @torch.no_grad()
-def encode_pictures(vae: AutoencoderKL, images: NDArray[np.uint8]) -> Tensor:
-    """Return the posterior means of N, H, W, 3 images: N, C, h, w."""
-    batches = (images[start : start + _ENCODE_BATCH] for start in range(0, len(images), _ENCODE_BATCH))
+def encode_pictures(vae: AutoencoderKL, images: Iterable[Pixels]) -> Tensor:
+    """Return the posterior means of images (H, W, 3): N, C, h, w."""
+    batches = (np.stack(batch) for batch in _cut(images))
     return torch.cat([vae.encode(to_model_range(batch)).latent_dist.mean for batch in batches])
 
 
-@torch.no_grad()
-def compute_psnr(vae: AutoencoderKL, images: NDArray[np.uint8]) -> float:
-    """Return the reconstruction's peak signal-to-noise ratio over a set of images, in decibels."""
-    restored = np.concatenate(
-        [
-            from_model_range(vae.decode(encode_pictures(vae, images[start : start + _ENCODE_BATCH])).sample)
-            for start in range(0, len(images), _ENCODE_BATCH)
-        ]
+def train_autoencoder(
+    config: PretrainConfig,
+    pictures: Pictures,
+    checkpoints: str,
+    resources: TrainResources,
+    world: World,
+    on_event: OnEvent | None = None,
+    validate: Callable[[AutoencoderKL], float] | None = None,
+    check_owner: Callable[[], None] | None = None,
+) -> AutoencoderKL:
+    """Train the autoencoder from its newest checkpoint, and make its latents standard on photographs.
+
+    ``check_owner`` raises where another run has taken the folder over.
+    """
+    torch.manual_seed(config.seed)
+    vae = build_vae(config)
+    num_samples = config.vae_steps * config.vae_batch_size
+    run_loop(
+        AutoencoderObjective(vae, pictures, config.seed, num_samples, config.crop_fraction),
+        dict(vae.named_parameters()),
+        LoopPlan(config.vae_steps, config.vae_batch_size, config.vae_optimizer, checkpoints, check_owner),
+        resources,
+        world,
+        on_event,
+        None if validate is None else lambda step: validate(vae),
     )
-    error = np.mean((restored.astype(np.float64) - images.astype(np.float64)) ** 2)
-    return float(10 * np.log10(255.0**2 / error))
+    vae.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
+    shown = range(min(len(pictures.captions), _STANDARDISED_ON))
+    standardise_latents(vae, encode_pictures(vae, (pictures.read(IMAGE, row) for row in shown)))
+    return vae
 
 
-@torch.no_grad()
-def compute_denoising_loss(
-    base: Base, config: PretrainConfig, images: NDArray[np.uint8], captions: Sequence[str]
-) -> float:
-    """Return the mean denoising loss on images with their captions, under fixed noise and uniform timesteps."""
-    noise_config = config.noise.model_copy(update={"late_fraction": 0.0})
+def build_base(config: PretrainConfig, vae: AutoencoderKL, captions: Sequence[str]) -> Base:
+    """Build the base around a trained autoencoder: tokenizer learned from the captions, the networks with fresh weights."""
+    torch.manual_seed(config.seed)
+    unet, tokenizer = build_unet(config), train_tokenizer(captions, config)
+    return Base(vae, unet, build_text_encoder(config, tokenizer), tokenizer, build_scheduler(config))
+
+
+def name_parameters(base: Base) -> dict[str, Tensor]:
+    """Return what the text-to-image training trains, under the names that its checkpoints have."""
+    parameters: dict[str, Tensor] = {f"unet.{name}": p for name, p in base.unet.named_parameters()}
+    return parameters | {f"text_encoder.{name}": p for name, p in base.text_encoder.named_parameters()}
+
+
+def train_text_to_image(
+    config: PretrainConfig,
+    base: Base,
+    latents: Mapping[str, Tensor],
+    captions: Sequence[str],
+    checkpoints: str,
+    resources: TrainResources,
+    world: World,
+    on_event: OnEvent | None = None,
+    validate: Callable[[], float] | None = None,
+    check_owner: Callable[[], None] | None = None,
+) -> None:
+    """Train UNet and text encoder of a base, in place, from their newest checkpoint.
+
+    ``latents``: those of every kind in ``config.unet_shares``; mirrored photographs have the captions mirrored.
+    ``check_owner`` raises where another run has taken the folder over.
+    """
+    mirrored = [mirror_caption(caption) for caption in captions] if MIRRORED in config.unet_shares else []
+    tokens = {IMAGE: tokenise(base.tokenizer, captions)}
+    if mirrored:
+        tokens[MIRRORED] = tokenise(base.tokenizer, mirrored)
     objective = TextToImageObjective(
         base.unet,
         base.text_encoder,
         DDPMScheduler.from_config(base.scheduler.config),
-        {IMAGE: encode_pictures(base.vae, images)},
-        _tokenise(base.tokenizer, captions[: len(images)]),
-        _tokenise(base.tokenizer, [""])[0],
-        Pictures({IMAGE: images}, captions[: len(images)], {IMAGE: 1.0}),
-        noise_config,
-        config.seed,
-        text_dropout=0.0,
-    )
-    batches = [range(len(images))[start : start + _ENCODE_BATCH] for start in range(0, len(images), _ENCODE_BATCH)]
-    losses = [objective.compute_losses(objective.prepare(indices))[0] for indices in batches]
-    return float(torch.cat(losses).mean())
-
-
-def pretrain_base(
-    config: PretrainConfig,
-    by_kind: dict[str, NDArray[np.uint8]],
-    captions: Sequence[str],
-    checkpoints: Callable[[str], str],
-    resources: TrainResources,
-    world: World,
-    on_event: Callable[[str], OnEvent],
-    check_owner: Callable[[], None] | None = None,
-) -> Base:
-    """Train autoencoder, then UNet and text encoder, on pictures and captions; resumes from checkpoints.
-
-    ``checkpoints`` and ``on_event`` return the checkpoint folder and the listener of a phase, ``vae`` or ``unet``.
-    ``check_owner`` raises where another run has taken the folders over.
-    """
-    torch.manual_seed(config.seed)
-    vae, unet = build_vae(config), build_unet(config)
-    tokenizer = train_tokenizer(captions, config)
-    text_encoder = build_text_encoder(config, tokenizer)
-    pictures = Pictures(by_kind, captions, config.vae_shares)
-    run_loop(
-        AutoencoderObjective(
-            vae, pictures, config.seed, config.vae_steps * config.vae_batch_size, config.crop_fraction
-        ),
-        dict(vae.named_parameters()),
-        LoopPlan(config.vae_steps, config.vae_batch_size, config.vae_optimizer, checkpoints("vae"), check_owner),
-        resources,
-        world,
-        on_event("vae"),
-    )
-    vae.eval().requires_grad_(False)
-    standardise_latents(vae, encode_pictures(vae, by_kind[IMAGE]))
-    scheduler = build_scheduler(config)
-    tokens = _tokenise(tokenizer, captions)
-    objective = TextToImageObjective(
-        unet,
-        text_encoder,
-        DDPMScheduler.from_config(scheduler.config),
-        {kind: encode_pictures(vae, by_kind[kind]) for kind in config.unet_shares},
+        latents,
         tokens,
-        _tokenise(tokenizer, [""])[0],
-        Pictures(by_kind, captions, config.unet_shares),
+        tokenise(base.tokenizer, [""])[0],
+        Pictures(_read_nothing, captions, config.unet_shares),
         config.noise,
         config.seed + 1,
         config.text_dropout,
     )
-    parameters: dict[str, Tensor] = {f"unet.{name}": p for name, p in unet.named_parameters()}
-    parameters |= {f"text_encoder.{name}": p for name, p in text_encoder.named_parameters()}
     run_loop(
         objective,
-        parameters,
-        LoopPlan(config.unet_steps, config.unet_batch_size, config.unet_optimizer, checkpoints("unet"), check_owner),
+        name_parameters(base),
+        LoopPlan(config.unet_steps, config.unet_batch_size, config.unet_optimizer, checkpoints, check_owner),
         resources,
         world,
-        on_event("unet"),
+        on_event,
+        None if validate is None else lambda step: validate(),
     )
-    return Base(vae, unet.eval(), text_encoder.eval(), tokenizer, scheduler)
+    base.unet.eval()
+    base.text_encoder.eval()
 
 
-def _tokenise(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
+def _read_nothing(kind: str, row: int) -> Pixels:
+    raise AssertionError(f"latents are at hand: picture {row} of {kind} is not needed")
+
+
+def tokenise(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
+    """Return the tokens of texts, padded to the tokenizer's length: N, L."""
     length = tokenizer.model_max_length
     tokens: Tensor = tokenizer(
         list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"

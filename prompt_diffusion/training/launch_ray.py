@@ -26,7 +26,7 @@ from prompt_diffusion.device import AUTO
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.engine.distributed import World
 from prompt_diffusion.engine.events import ErrorEvent, Event, SealedEvent, parse_event
-from prompt_diffusion.engine.loop import Stopped
+from prompt_diffusion.engine.stopping import Stopped
 from prompt_diffusion.store.storage import read_bytes
 from prompt_diffusion.training.launch import MAX_RESTARTS, STOPPED_EXIT_CODE
 from prompt_diffusion.training.run import LOG_FORMAT, USER_ERROR, USER_ERRORS, emit, end_with_launcher

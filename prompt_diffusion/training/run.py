@@ -16,7 +16,7 @@ import torch
 
 from prompt_diffusion.engine.distributed import join_world
 from prompt_diffusion.engine.events import ErrorEvent, Event, SealedEvent, StepEvent, describe, describe_losses
-from prompt_diffusion.engine.loop import Stopped
+from prompt_diffusion.engine.stopping import Stopped
 from prompt_diffusion.store.storage import read_bytes
 from prompt_diffusion.training.launch import LAUNCHER_VARIABLE, SAVING_SECONDS, STOPPED_EXIT_CODE
 from prompt_diffusion.training.preflight import check_gpus

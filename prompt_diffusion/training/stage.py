@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from prompt_diffusion.engine.config import TrainResources
-from prompt_diffusion.engine.events import Event, LaunchEvent
+from prompt_diffusion.engine.events import LaunchEvent
 from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.model.references import base_digest, controlnet_digest
 from prompt_diffusion.store.fingerprint import StageIdentity, StageInput, compute_digest
-from prompt_diffusion.store.records import ManifestRef, Progress
+from prompt_diffusion.store.records import ManifestRef
 from prompt_diffusion.store.stage import Context, Stage
 from prompt_diffusion.store.storage import join_uri, local_path, write_bytes
 from prompt_diffusion.training.config import TrainConfig
@@ -30,13 +30,6 @@ class TrainSpec(FrozenModel):
     inputs: TrainInputs
     store_root: str
     resources: TrainResources
-
-
-@dataclass(frozen=True)
-class TrainProgress(Progress):
-    """What a training process reported."""
-
-    event: Event
 
 
 @dataclass(frozen=True)
@@ -84,8 +77,8 @@ class Train(Stage[TrainResources]):
             )
         command = build_command(write_spec(self, context.store, resources), resources)
         logger.info("training: %s", shlex.join(command))
-        context.report(TrainProgress(LaunchEvent(command=shlex.join(command))))
-        model = run_command(command, resources, lambda event: context.report(TrainProgress(event)))
+        context.report(LaunchEvent(command=shlex.join(command)))
+        model = run_command(command, resources, context.report)
         if model is None:
             raise TrainingStoppedError(
                 "the training was stopped: run the same command to go on from its last checkpoint"

@@ -10,7 +10,8 @@ import torch
 from prompt_diffusion.engine import distributed
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.engine.distributed import SINGLE_PROCESS, World, join_world
-from prompt_diffusion.engine.loop import Stopped, run_loop
+from prompt_diffusion.engine.loop import run_loop
+from prompt_diffusion.engine.stopping import Stopped
 from tests.engine.objectives import BATCH_SIZE, Parabola, plan_loop, signal_at, train
 from tests.sharing import find_free_ports
 from tests.warm import WarmProcess

@@ -11,8 +11,8 @@ from prompt_diffusion.engine.checkpoint import TrainState, list_checkpoints
 from prompt_diffusion.engine.checkpoint_writer import CheckpointWriter
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.engine.distributed import World, join_world
-from prompt_diffusion.engine.loop import Stopped
 from prompt_diffusion.engine.ownership import own_stage
+from prompt_diffusion.engine.stopping import Stopped
 from prompt_diffusion.store.lease import LeaseLostError
 from tests.sharing import PATIENCE_SECONDS
 

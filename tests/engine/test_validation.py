@@ -9,7 +9,8 @@ from prompt_diffusion.engine.checkpoint import TrainState, list_checkpoints
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.engine.distributed import SINGLE_PROCESS
 from prompt_diffusion.engine.events import Event, StepEvent, ValidationEvent
-from prompt_diffusion.engine.loop import Stopped, run_loop
+from prompt_diffusion.engine.loop import run_loop
+from prompt_diffusion.engine.stopping import Stopped
 from prompt_diffusion.engine.validation import PeriodicValidation
 from tests.engine.objectives import BATCH_SIZE, Parabola, plan_loop, signal_at, train
 

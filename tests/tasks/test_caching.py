@@ -8,6 +8,7 @@ from prefect.client.schemas.objects import StateType, TaskRun
 from prefect.context import TaskRunContext
 from prefect.states import State
 
+from prompt_diffusion.engine.stopping import Stopped
 from prompt_diffusion.store.fingerprint import StageIdentity, StageInput
 from prompt_diffusion.store.manifest import DamagedDataError, ManifestRef, seal_manifest, write_file
 from prompt_diffusion.store.retries import StoreError
@@ -93,6 +94,7 @@ def test_two_stores_have_two_keys_because_the_cached_reference_names_its_store(t
         (FileNotFoundError("there is no file"), False),
         (ImportError("install gcsfs"), False),
         (ValueError("typo"), False),
+        (Stopped("stopped at step 4 of 6"), False),
         (DamagedDataError("x"), False),
     ],
 )

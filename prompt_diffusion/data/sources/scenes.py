@@ -72,6 +72,14 @@ def describe_scene(scene: Scene) -> str:
     return f"{things} on {_with_article(scene.floor)} floor under {_with_article(scene.sky)} sky"
 
 
+def mirror_caption(caption: str) -> str:
+    """Return the caption of the mirrored picture of a scene: the objects in the other order; ValueError for other captions."""
+    things, on, place = caption.partition(" on ")
+    if not on or " floor under " not in place:
+        raise ValueError(f"only captions of scenes can be mirrored, not {caption!r}")
+    return " left of ".join(reversed(things.split(" left of "))) + on + place
+
+
 def _with_article(words: str) -> str:
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 

@@ -1,12 +1,20 @@
 import hashlib
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from prompt_diffusion.data.sources.ray_caster import SHAPES
 from prompt_diffusion.data.sources.scene_renderer import CLASSES, COLORS, FLOORS, PALETTE, SKIES
-from prompt_diffusion.data.sources.scenes import ScenePair, ScenesConfig, ScenesSource, build_scene_pair
+from prompt_diffusion.data.sources.scenes import (
+    ScenePair,
+    ScenesConfig,
+    ScenesSource,
+    build_scene_pair,
+    describe_scene,
+    mirror_caption,
+)
 from prompt_diffusion.data.transforms import Pixels, decode_image
 
 SIDES = ("input", "edited")
@@ -185,3 +193,13 @@ def test_the_source_hands_out_what_the_renderer_drew() -> None:
         of_input, of_edited = record.exact_maps[condition]
         assert np.array_equal(decode_image(of_input), pair.input.maps[condition])
         assert np.array_equal(decode_image(of_edited), pair.edited.maps[condition])
+
+
+def test_the_mirrored_caption_describes_the_mirrored_scene(pairs: list[ScenePair]) -> None:
+    for pair in pairs:
+        scene = pair.edited_scene
+        mirrored = replace(scene, objects=tuple(replace(item, x=-item.x) for item in reversed(scene.objects)))
+        assert mirror_caption(describe_scene(scene)) == describe_scene(mirrored)
+        assert mirror_caption(mirror_caption(describe_scene(scene))) == describe_scene(scene)
+    with pytest.raises(ValueError, match="a cat on the left"):
+        mirror_caption("a cat on the left")
