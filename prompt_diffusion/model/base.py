@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from prompt_diffusion.building import builds_networks
 from prompt_diffusion.model.references import base_folder
 from prompt_diffusion.model.text import encode_texts
 from prompt_diffusion.model.tokenizers import check_tokenizer, load_tokenizer
@@ -59,6 +60,7 @@ def compute_latent_stride(vae_config: Mapping[str, Any]) -> int:
     return int(2 ** (len(vae_config["block_out_channels"]) - 1))
 
 
+@builds_networks
 def load_base(base: str) -> Base:
     """Load a base in float32, from safetensors alone: ``demo-base``, a folder in diffusers' layout, or a hub's repository.
 

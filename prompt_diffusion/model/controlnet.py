@@ -16,6 +16,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from prompt_diffusion.building import builds_networks
+
 PUBLISHED_STEM_CHANNELS = (16, 32, 96, 256)
 EXAMPLE_PAIR_CHANNELS = 6
 QUERY_CHANNELS = 3
@@ -158,6 +160,7 @@ def average_features(features: Sequence[Tensor]) -> Tensor:
     return (ordered.sum(dim=0) / len(features)).to(features[0].dtype)
 
 
+@builds_networks
 def load_controlnet(folder: Path, example_pair: bool) -> PromptDiffusionControlNet:
     """Load a ControlNet to start from, in float32: one of ours, or diffusers' own as ``from_controlnet`` takes it.
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from prompt_diffusion.building import builds_networks
 from prompt_diffusion.device import choose_device
 from prompt_diffusion.model.controlnet import PromptDiffusionControlNet
 from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
@@ -29,6 +30,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _PARTS = (*_NETWORKS, "tokenizer", "scheduler")
 
 
+@builds_networks
 def load_pipeline(
     folder: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = torch.float32
 ) -> PromptDiffusionPipeline:

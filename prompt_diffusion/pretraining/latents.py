@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from prompt_diffusion.building import builds_networks
 from prompt_diffusion.data.dataset import Dataset, InContextData, Side
 from prompt_diffusion.data.families import FAMILIES, IMAGE, find_source, vary
 from prompt_diffusion.data.records import Split, arrays_table, read_array
@@ -125,6 +126,7 @@ class PretrainLatents(ShardedStage[TrainResources]):
         yield make_shard
 
 
+@builds_networks
 def load_autoencoder(autoencoder: ManifestRef) -> "AutoencoderKL":
     """Load a sealed autoencoder, to be used."""
     from diffusers import AutoencoderKL

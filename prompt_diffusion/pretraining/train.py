@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from prompt_diffusion.building import builds_networks
 from prompt_diffusion.data.families import IMAGE, MIRRORED
 from prompt_diffusion.data.sources.scenes import mirror_caption
 from prompt_diffusion.data.transforms import Pixels, to_model_range
@@ -34,6 +35,7 @@ _ENCODE_BATCH = 8  # more at once fit no cache and are slower
 _STANDARDISED_ON = 2000
 
 
+@builds_networks
 def build_vae(config: PretrainConfig) -> AutoencoderKL:
     """Build a small AutoencoderKL with fresh weights; it is convolutional throughout, so any size can be encoded."""
     levels = len(config.vae_channels)
@@ -50,6 +52,7 @@ def build_vae(config: PretrainConfig) -> AutoencoderKL:
     )
 
 
+@builds_networks
 def build_unet(config: PretrainConfig) -> UNet2DConditionModel:
     """Build a small UNet2DConditionModel with fresh weights."""
     attending = len(config.unet_channels) - 1
@@ -111,6 +114,7 @@ def _read_bpe(model: models.BPE) -> tuple[dict[str, int], list[tuple[str, str]]]
     return state["vocab"], [tuple(pair) for pair in state["merges"]]
 
 
+@builds_networks
 def build_text_encoder(config: PretrainConfig, tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """Build a small CLIP text encoder with fresh weights."""
     return CLIPTextModel(

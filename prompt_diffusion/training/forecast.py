@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from prompt_diffusion.building import builds_networks
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.engine.optimizer import estimate_state_bytes
 from prompt_diffusion.model.base import compute_latent_stride
@@ -160,6 +161,7 @@ def read_layout(base: str) -> BaseLayout:
     return BaseLayout(f"the configuration of {base!r}", parts["unet"], parts["text_encoder"], stride)
 
 
+@builds_networks
 def _build_networks(config: TrainConfig, layout: BaseLayout) -> tuple[UNet2DConditionModel, PromptDiffusionControlNet]:
     """Build both networks; the parameters that the recipe trains require gradients."""
     unet = UNet2DConditionModel.from_config(dict(layout.unet)).requires_grad_(False)

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from prompt_diffusion.building import builds_networks
 from prompt_diffusion.data.shard_cache import ShardCache
 from prompt_diffusion.engine.checkpoint import TrainState
 from prompt_diffusion.engine.config import TrainResources
@@ -120,6 +121,7 @@ def _train(
     return _seal_model(config, identity, store_root, pipeline, state, grid, world.size)
 
 
+@builds_networks
 def build_controlnet(config: TrainConfig, base: Base) -> PromptDiffusionControlNet:
     """Build the ControlNet of a recipe: from the base's encoder or the one that it names; what is new from the recipe's seed.
 

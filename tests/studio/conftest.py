@@ -93,8 +93,9 @@ def make(actions, scene_files):
     return press
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
+    """Start a browser. Its driver runs an event loop in this thread until it stops: a test file's end, no later."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="no browser: the package playwright is not installed")
     program = shutil.which("chromium")
     if program is None:

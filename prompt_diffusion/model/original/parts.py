@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from prompt_diffusion.building import builds_networks
 from prompt_diffusion.model.controlnet import PromptDiffusionControlNet
 from prompt_diffusion.model.original.read import name_some
 from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
@@ -56,6 +57,7 @@ class ImportReport:
     """What else the source holds, and was not taken over."""
 
 
+@builds_networks
 def build_networks(
     unet: Mapping[str, Any], vae: Mapping[str, Any], text: Mapping[str, Any], stem_channels: Sequence[int] | None
 ) -> dict[str, Any]:
