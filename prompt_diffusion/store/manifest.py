@@ -25,6 +25,7 @@ from prompt_diffusion.store.codec import (
     decode_manifest,
     encode_manifest,
     find_versions,
+    open_parquet,
     read_written_types,
 )
 from prompt_diffusion.store.concurrency import map_ahead
@@ -94,8 +95,7 @@ class Manifest:
 
     def read_shard(self, shard: StoredFile, columns: list[str] | None = None) -> pa.Table:
         """Return one shard; DamagedDataError names a file that is not as sealed, ValueError an unknown column."""
-        content = pa.BufferReader(self.read_file(shard.path))
-        file = pq.ParquetFile(content)
+        file = open_parquet(self.read_file(shard.path))
         names = file.schema_arrow.names
         unknown = [column for column in columns or [] if column not in names]
         if unknown:
