@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Direction = Literal["map_to_image", "image_to_map"]
+Draw = Literal["row", "group"]
 ExamplePolicy = Literal["same_group", "same_row", "other_group"]
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _WIDE = 100  # columns of a terminal with room for a version's title beside the numbers of six vision tasks
 _FEW = 4  # with fewer metrics than this, a title fits in any terminal
 # A metric's title above its column; the rest of its name is the vision task: rmse/image_to_depth.
-_MEASURES = {"rmse": "RMSE", "frechet_distance": "Fréchet", "FID": "FID"}
+_MEASURES = {"rmse": "RMSE", "frechet_distance": "Fréchet", "FID": "FID", "FID_legacy": "FID (legacy)"}
 
 
 @say_errors

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 VERSION: Final = 2
 CELL_FILE: Final = "cell.json"
-MetricName = Literal["FID", "frechet_distance", "rmse"]
+MetricName = Literal["FID", "FID_legacy", "frechet_distance", "rmse"]
 
 # Table 1 of arXiv 2305.01115: FID (Inception, 10,000 images of 256 pixels) or RMSE, by method and vision task.
 PAPER_VALUES: Final[Mapping[tuple[Method, str], float]] = {
@@ -64,7 +64,7 @@ class CellConfig(FrozenModel):
     vision_task: str
     """The vision task."""
     metric: MetricName
-    """What is measured; FID only with Inception features."""
+    """What is measured; FID only with Inception features, and FID_legacy where the network resizes the images itself."""
     extractor: ExtractorName | None
     """The features of a Frechet distance; None for RMSE."""
 
@@ -95,7 +95,8 @@ def name_metric(vision_task: str, extractor: ExtractorName | None) -> MetricName
         raise ValueError(f"{vision_task} cannot be measured with the extractor {extractor}")
     if extractor is None:
         return "rmse"
-    return "FID" if extractor == "inception" else "frechet_distance"
+    names: dict[ExtractorName, MetricName] = {"inception": "FID", "inception_legacy": "FID_legacy"}
+    return names.get(extractor, "frechet_distance")
 
 
 def build_cell_config(method: Method, vision_task: str, extractor: ExtractorName) -> CellConfig:

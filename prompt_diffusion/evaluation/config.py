@@ -10,7 +10,7 @@ from prompt_diffusion.device import DeviceResources
 from prompt_diffusion.evaluation.features import ExtractorChoice
 from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.settings import load_settings
-from prompt_diffusion.vision_tasks import ExamplePolicy
+from prompt_diffusion.vision_tasks import Draw, ExamplePolicy
 
 Method = Literal["CN(FT)", "Prompt Diffusion"]
 METHODS: Final[tuple[Method, ...]] = ("CN(FT)", "Prompt Diffusion")
@@ -25,7 +25,9 @@ class EvaluateConfig(FrozenModel):
     """How the benchmark is made; the defaults are the published values (arXiv 2305.01115)."""
 
     num_samples: int = Field(default=10_000, ge=2)
-    """Images of the test split for each benchmark cell, in order."""
+    """Queries of the split for each benchmark cell, the first in order."""
+    draw: Draw = "row"
+    """What a query is: a row of the split, or a prompt group by one of its rows, drawn at random, as published."""
     num_in_context: int = Field(default=48, ge=1)
     """Queries of the in-context test; each is generated under three example pairs and under none."""
     seed: int = Field(default=0, ge=0)

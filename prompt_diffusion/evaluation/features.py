@@ -1,6 +1,8 @@
 """Feature extractors for the Frechet distance: what the number is made with, by name.
 
-``inception`` is the TorchScript Inception v3 that clean-fid uses: with it, and only with it, the distance is called FID.
+``inception`` is the TorchScript Inception v3 that clean-fid uses, with clean-fid's resizing; ``inception_legacy`` is the same
+network with its own resizing inside, as most papers before clean-fid have it, Prompt Diffusion's among them. With them, and
+only with them, the distance is called FID, and FID (legacy): the two numbers differ and do not compare.
 ``efficientnet_lite0`` comes as a package, weights and all, so it needs no network; its distance is not FID, and every
 header says so. Both weight files are pinned by digest and refused where they differ.
 """
@@ -27,14 +29,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ExtractorName = Literal["efficientnet_lite0", "inception"]
-ExtractorChoice = Literal["auto", "efficientnet_lite0", "inception"]
+ExtractorName = Literal["efficientnet_lite0", "inception", "inception_legacy"]
+ExtractorChoice = Literal["auto", "efficientnet_lite0", "inception", "inception_legacy"]
 
 INCEPTION_FILE: Final = "inception-2015-12-05.pt"
 INCEPTION_URL: Final = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{INCEPTION_FILE}"
+_INCEPTION_DIGEST: Final = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 WEIGHT_DIGESTS: Final[Mapping[str, str]] = {
     "efficientnet_lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-    "inception": "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
+    "inception": _INCEPTION_DIGEST,
+    "inception_legacy": _INCEPTION_DIGEST,
 }
 # Small batches keep the activations of one image in the cache of a core: 4 took 22 ms per image, 32 took 59.
 CPU_BATCH: Final = 4
@@ -87,9 +91,10 @@ class EfficientNetLite0:
 
 @dataclass(frozen=True, slots=True)
 class Inception:
-    """The 2048 features of clean-fid's Inception v3, with clean-fid's resizing."""
+    """The 2048 features of the Inception v3 that clean-fid uses."""
 
     network: "torch.nn.Module"
+    """Takes 299 pixels per side in [0, 255] or, as ``inception_legacy``, any size, which it resizes itself."""
     device: str = "cpu"
     name: ExtractorName = "inception"
     dimensions: int = 2048
@@ -99,7 +104,7 @@ class Inception:
         import torch
         from cleanfid.resize import build_resizer
 
-        resize = build_resizer("clean")
+        resize = build_resizer("clean") if self.name == "inception" else np.asarray
         rows = [np.zeros((0, self.dimensions))]
         with torch.inference_mode():
             for batch_images in _cut_batches(images, self.device):
@@ -134,14 +139,14 @@ def resolve_extractor(choice: ExtractorChoice, weights_folder: Path | None = Non
 def build_extractor(name: ExtractorName, weights_folder: Path | None = None, device: str = AUTO) -> FeatureExtractor:
     """Return the extractor of that name on a device, loaded once per process and device.
 
-    ``inception`` reads its weights from ``weights_folder``, and fetches them into it where they are missing.
+    Both Inceptions read their weights from ``weights_folder``, and fetch them into it where they are missing.
     """
     if name == "efficientnet_lite0":
         return _load_efficientnet_lite0(str(choose_device(device)))
-    if name == "inception":
+    if name in ("inception", "inception_legacy"):
         if weights_folder is None:
-            raise ValueError(f"the extractor 'inception' needs a folder for {INCEPTION_FILE}, and got none")
-        return _load_inception(weights_folder, str(choose_device(device)))
+            raise ValueError(f"the extractor {name!r} needs a folder for {INCEPTION_FILE}, and got none")
+        return _load_inception(name, weights_folder, str(choose_device(device)))
     raise ValueError(f"unknown extractor {name!r}: choose one of {', '.join(WEIGHT_DIGESTS)}")
 
 
@@ -160,7 +165,7 @@ def _load_efficientnet_lite0(device: str) -> FeatureExtractor:
 
 
 @builds_networks
-def _load_inception(folder: Path, device: str) -> FeatureExtractor:
+def _load_inception(name: ExtractorName, folder: Path, device: str) -> FeatureExtractor:
     from cleanfid.inception_torchscript import InceptionV3W
 
     path = folder / INCEPTION_FILE
@@ -170,11 +175,12 @@ def _load_inception(folder: Path, device: str) -> FeatureExtractor:
         partial = path.with_suffix(".partial")
         with urllib.request.urlopen(INCEPTION_URL, timeout=60) as response, partial.open("wb") as file:
             shutil.copyfileobj(response, file)
-        _check_digest(partial, WEIGHT_DIGESTS["inception"])
+        _check_digest(partial, _INCEPTION_DIGEST)
         partial.replace(path)
     # TorchScript is code: the digest is checked before anything of it is loaded.
-    _check_digest(path, WEIGHT_DIGESTS["inception"])
-    return Inception(InceptionV3W(str(folder), download=False).eval().to(device), device)
+    _check_digest(path, _INCEPTION_DIGEST)
+    network = InceptionV3W(str(folder), download=False, resize_inside=name == "inception_legacy")
+    return Inception(network.eval().to(device), device, name)
 
 
 def _check_digest(path: Path, expected: str) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Final
+from itertools import islice
+from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +29,7 @@ from prompt_diffusion.store.fingerprint import StageIdentity, StageInput
 from prompt_diffusion.store.manifest import ManifestRef, open_manifest
 from prompt_diffusion.store.sharded import MakeShard, ShardRows
 from prompt_diffusion.store.stage import Context, ShardedStage
-from prompt_diffusion.vision_tasks import ExamplePolicy, find_vision_task
+from prompt_diffusion.vision_tasks import Draw, ExamplePolicy, find_vision_task
 
 if TYPE_CHECKING:
     from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
@@ -45,7 +46,9 @@ class GenerateConfig(FrozenModel):
     vision_task: str
     """The vision task whose pairs, queries and prompts are shown."""
     num_samples: int = Field(ge=1)
-    """Rows of the split, from its start."""
+    """Queries of the split, the first in order."""
+    draw: Draw = "row"
+    """What a query is: a row of the split, or a prompt group by one of its rows, drawn at random, as published."""
     seed: int = Field(default=0, ge=0)
     """Root of the images' seeds and of the choice of examples."""
     num_inference_steps: int = Field(ge=1)
@@ -74,6 +77,7 @@ def build_generate_config(config: EvaluateConfig, method: Method, vision_task: s
     return GenerateConfig(
         vision_task=vision_task,
         num_samples=config.num_samples,
+        draw=config.draw,
         seed=config.seed,
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
@@ -117,11 +121,11 @@ class Generate(ShardedStage[EvaluateResources]):
     @contextmanager
     def open_maker(self, context: Context[EvaluateResources]) -> Iterator[MakeShard]:
         """Yield the function that generates a shard's images, on the resources' device."""
-        check_num_samples(self.config.num_samples, self.rows)
+        queries = choose_query_rows(self.rows, self.config)
         resources = context.resources
 
         def make_shard(index: int) -> ShardRows:
-            rows = range(index * SHARD_ROWS, min((index + 1) * SHARD_ROWS, self.config.num_samples))
+            rows = queries[index * SHARD_ROWS : (index + 1) * SHARD_ROWS]
             with open_pipeline(self.model, resources) as pipeline:
                 return _generate_rows(self.config, self.rows, rows, pipeline, resources.batch_size), []
 
@@ -160,10 +164,30 @@ def open_data(dataset: Dataset, split: Split) -> InContextData:
     return _open_data(dataset.pairs.uri, tuple(sorted((name, ref.uri) for name, ref in dataset.maps.items())), split)
 
 
-def check_num_samples(num_samples: int, data: InContextData) -> None:
-    """Raise ValueError where a split is smaller than the number of samples asked for: a smaller n gives another result."""
-    if num_samples > data.num_rows:
-        raise ValueError(f"{num_samples} samples are asked for, and the {data.split} split has {data.num_rows} rows")
+class QueryChoice(Protocol):
+    """Which queries: the fields that every configuration with queries has."""
+
+    num_samples: int
+    draw: Draw
+    seed: int
+
+
+def choose_query_rows(data: InContextData, choice: QueryChoice) -> list[int]:
+    """Return the rows that are queries, in order: the first rows of the split or, drawn by group, one row each of its first
+    prompt groups, a function of the seed and the group.
+
+    ValueError where the split has fewer than asked for: a smaller n gives another result.
+    """
+    groups: dict[str, list[int]] = {}
+    for row, group in enumerate(data.group_ids):
+        groups.setdefault(group if choice.draw == "group" else str(row), []).append(row)
+    if choice.num_samples > len(groups):
+        kind = "prompt groups" if choice.draw == "group" else "rows"
+        raise ValueError(
+            f"{choice.num_samples} samples are asked for, and the {data.split} split has {len(groups)} {kind}"
+        )
+    first = islice(groups.items(), choice.num_samples)
+    return [rows[_hash_seed(f"query/{choice.seed}/{group}") % len(rows)] for group, rows in first]
 
 
 def read_generations(generations: ManifestRef) -> Generations:
@@ -188,13 +212,13 @@ def _hash_seed(text: str) -> int:
 
 
 def _generate_rows(
-    config: GenerateConfig, data: InContextData, rows: range, pipeline: "PromptDiffusionPipeline", batch_size: int
+    config: GenerateConfig, data: InContextData, rows: list[int], pipeline: "PromptDiffusionPipeline", batch_size: int
 ) -> pa.Table:
     """Return the table of one shard."""
     vision_task = find_vision_task(config.vision_task)
     # Without a pair the example's row is not shown: the query's own stands in, so that `assemble` has one.
     policy = config.example_policy
-    example_rows = choose_example_rows(data, policy, config.seed, rows) if policy else list(rows)
+    example_rows = choose_example_rows(data, policy, config.seed, rows) if policy else rows
     samples = [data.assemble(vision_task, row, example) for row, example in zip(rows, example_rows, strict=True)]
     seeds = [compute_image_seed(config, sample.sample_id) for sample in samples]
     images: list[bytes] = []

@@ -54,6 +54,7 @@ def build_shown_configs(config: EvaluateConfig) -> dict[str, GenerateConfig]:
     under_none = GenerateConfig(
         vision_task=next(iter(SHOWN_TASKS.values())),
         num_samples=config.num_in_context,
+        draw=config.draw,
         seed=config.seed,
         num_inference_steps=config.image_to_map_num_inference_steps,
         guidance_scale=1.0,

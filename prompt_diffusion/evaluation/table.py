@@ -17,7 +17,11 @@ from prompt_diffusion.vision_tasks import VISION_TASKS
 
 STAGE: Final = "benchmark"
 TABLE_FILE: Final = "table.json"
-EXTRACTOR_TITLES: Final = {"efficientnet_lite0": "EfficientNet-Lite0", "inception": "Inception v3"}
+EXTRACTOR_TITLES: Final = {
+    "efficientnet_lite0": "EfficientNet-Lite0",
+    "inception": "Inception v3",
+    "inception_legacy": "Inception v3, legacy resizing",
+}
 BASELINE_TITLES: Final = {
     "mean_map": "mean map of the training split",
     "copy_query": "copy the query",
@@ -80,7 +84,11 @@ def describe_measure(cell: CellResult) -> str:
     if cell.extractor is None:
         return f"RMSE, RGB in [0, 1], n = {cell.n}"
     title = EXTRACTOR_TITLES[cell.extractor]
-    return f"FID ({title}), n = {cell.n}" if cell.metric == "FID" else f"Fréchet distance ({title}), n = {cell.n}"
+    return (
+        f"FID ({title}), n = {cell.n}"
+        if cell.metric in ("FID", "FID_legacy")
+        else f"Fréchet distance ({title}), n = {cell.n}"
+    )
 
 
 def name_task(vision_task: str) -> str:
@@ -195,7 +203,9 @@ def _name_column(table: BenchmarkTable, vision_task: str) -> str:
 
 
 def _describe_measures(table: BenchmarkTable) -> list[str]:
-    lines = ["The paper's map-to-image numbers are FID (Inception, 10,000 images of 256 pixels)."]
+    lines = ["The paper's map-to-image numbers are FID (Inception, legacy resizing, 10,000 images of 256 pixels)."]
+    if any(cell.metric == "FID" for cell in table.cells):
+        lines.append("An FID with clean-fid's resizing is another number, and does not compare with theirs.")
     if any(cell.metric == "frechet_distance" for cell in table.cells):
         lines.append(
             "A Fréchet distance with another extractor than Inception is not FID and cannot be set against them."

@@ -16,13 +16,13 @@ from pydantic import Field
 from prompt_diffusion.data.dataset import Dataset, InContextData
 from prompt_diffusion.data.records import Split
 from prompt_diffusion.evaluation.config import EvaluateConfig
-from prompt_diffusion.evaluation.generate import check_num_samples, choose_example_rows, open_data
+from prompt_diffusion.evaluation.generate import choose_example_rows, choose_query_rows, open_data
 from prompt_diffusion.evaluation.rmse import ImageArray, compute_rmse
 from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import ManifestRef, open_manifest, seal_manifest, write_file
 from prompt_diffusion.store.stage import Context, Stage
-from prompt_diffusion.vision_tasks import VISION_TASKS, ExamplePolicy, VisionTask
+from prompt_diffusion.vision_tasks import VISION_TASKS, Draw, ExamplePolicy, VisionTask
 
 VERSION: Final = 2
 TRIVIAL_FILE: Final = "trivial.json"
@@ -35,7 +35,9 @@ class TrivialConfig(FrozenModel):
     """What the trivial baselines are made on: the same queries and examples as the cells."""
 
     num_samples: int = Field(ge=1)
-    """Rows of the split, from its start."""
+    """Queries of the split, the first in order."""
+    draw: Draw = "row"
+    """What a query is: a row of the split, or a prompt group by one of its rows, drawn at random, as published."""
     seed: int = Field(ge=0)
     """Root of the choice of examples."""
     example_policy: ExamplePolicy
@@ -60,7 +62,11 @@ class TrivialResult(FrozenModel):
 def build_trivial_config(config: EvaluateConfig) -> TrivialConfig:
     """Return the part of an evaluation that the trivial baselines depend on."""
     return TrivialConfig(
-        num_samples=config.num_samples, seed=config.seed, example_policy=config.example_policy, split=config.split
+        num_samples=config.num_samples,
+        draw=config.draw,
+        seed=config.seed,
+        example_policy=config.example_policy,
+        split=config.split,
     )
 
 
@@ -85,7 +91,7 @@ class MeasureTrivial(Stage[None]):
     def run(self, context: Context[None]) -> ManifestRef:
         """Measure, and seal the numbers."""
         data, train = open_data(self.dataset, self.config.split), open_data(self.dataset, "train")
-        check_num_samples(self.config.num_samples, data)
+        choose_query_rows(data, self.config)  # too many are refused before the work begins
         results = [result for task in _list_tasks() for result in _measure_task(self.config, task, data, train)]
         content = json.dumps([result.model_dump() for result in results], indent=2)
         file = write_file(self.identity, context.store, TRIVIAL_FILE, content.encode())
@@ -119,7 +125,7 @@ def _list_conditions() -> list[str]:
 def _measure_task(
     config: TrivialConfig, task: VisionTask, data: InContextData, train: InContextData
 ) -> list[TrivialResult]:
-    rows = range(config.num_samples)
+    rows = choose_query_rows(data, config)
     example_rows = choose_example_rows(data, config.example_policy, config.seed, rows)
     truths = np.stack([data.image(row, "edited", task.condition) for row in rows])
     mean_map = compute_mean_map(train, task.condition)

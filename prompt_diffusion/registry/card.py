@@ -19,6 +19,7 @@ MEASURES = {
     "rmse": "RMSE of the map, RGB in [0, 1]",
     "frechet_distance": "Fréchet distance of EfficientNet features (no FID)",
     "FID": "FID, Inception features",
+    "FID_legacy": "FID, Inception features, the network's own resizing",
 }
 _HUB_LICENCES = {"Apache-2.0": "apache-2.0", "MIT": "mit", "CreativeML OpenRAIL-M": "creativeml-openrail-m"}
 

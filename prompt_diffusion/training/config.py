@@ -6,9 +6,7 @@ from pydantic import Field, model_validator
 
 from prompt_diffusion.engine.config import NoiseConfig, OptimizerConfig
 from prompt_diffusion.frozen import FrozenModel
-from prompt_diffusion.vision_tasks import VISION_TASKS, ExamplePolicy, find_vision_task
-
-Draw = Literal["row", "group"]
+from prompt_diffusion.vision_tasks import VISION_TASKS, Draw, ExamplePolicy, find_vision_task
 
 
 class DropoutConfig(FrozenModel):

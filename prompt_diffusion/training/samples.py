@@ -21,9 +21,9 @@ from prompt_diffusion.data.sampler import GroupOrder, Order, RowOrder, sample_ge
 from prompt_diffusion.data.shard_cache import Array, ShardCache
 from prompt_diffusion.engine.noise import draw_timestep
 from prompt_diffusion.store.manifest import Manifest, open_manifest
-from prompt_diffusion.training.config import Draw, TrainConfig
+from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.inputs import IMAGE_TARGET, TrainInputs
-from prompt_diffusion.vision_tasks import VisionTask, find_vision_task
+from prompt_diffusion.vision_tasks import Draw, VisionTask, find_vision_task
 
 Floats = NDArray[np.float32]
 

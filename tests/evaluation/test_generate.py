@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from prompt_diffusion.evaluation.generate import (
     GenerateConfig,
     build_generate_config,
     choose_example_rows,
+    choose_query_rows,
     compute_image_seed,
     open_data,
     read_generations,
@@ -108,6 +110,28 @@ def test_more_samples_than_rows_are_refused(
         obtain(Generate(too_many, joint, dataset), Context(store, resources))
 
 
+def test_queries_drawn_by_group_are_one_row_each_of_the_first_groups(scene_inputs: Any) -> None:
+    data = open_data(Dataset(pairs=scene_inputs.pairs, maps=scene_inputs.maps), "train")
+    config = GenerateConfig(
+        vision_task="image_to_depth",
+        num_samples=10,
+        draw="group",
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        example_policy=None,
+    )
+    rows = choose_query_rows(data, config)
+    first = list(dict.fromkeys(data.group_ids))[:10]
+    assert [data.group_ids[row] for row in rows] == first
+    assert max(Counter(data.group_ids).values()) == 2  # else rows and groups were the same
+    draws = [choose_query_rows(data, config.model_copy(update={"seed": seed})) for seed in range(20)]
+    assert choose_query_rows(data, config) == draws[0]
+    assert {len({draw[place] for draw in draws}) for place in range(10)} == {2}
+    assert choose_query_rows(data, config.model_copy(update={"draw": "row"})) == list(range(10))
+    with pytest.raises(ValueError, match="13 samples are asked for, and the train split has 12 prompt groups"):
+        choose_query_rows(data, config.model_copy(update={"num_samples": 13}))
+
+
 def test_seeds_are_a_function_of_seed_vision_task_and_sample(depth: GenerateConfig) -> None:
     seed = compute_image_seed(depth, "000001-0")
     assert seed == 1928381390191220078  # golden: a change moves every image of every benchmark
@@ -140,6 +164,7 @@ def test_every_field_moves_the_fingerprint(
     changes: dict[str, Any] = {
         "vision_task": "image_to_hed",
         "num_samples": 11,
+        "draw": "group",
         "seed": 1,
         "num_inference_steps": 3,
         "guidance_scale": 3.0,

@@ -49,7 +49,7 @@ def test_the_mean_map_is_rounded_not_cut(dataset: Dataset) -> None:
 
 def test_every_field_moves_the_fingerprint(config: EvaluateConfig, dataset: Dataset) -> None:
     trivial = build_trivial_config(config)
-    changes = {"num_samples": 3, "seed": 5, "example_policy": "same_row", "split": "validation"}
+    changes = {"num_samples": 3, "draw": "group", "seed": 5, "example_policy": "same_row", "split": "validation"}
     assert set(changes) == set(type(trivial).model_fields)
     configs = [trivial, *(trivial.model_copy(update={name: value}) for name, value in changes.items())]
     assert len({MeasureTrivial(c, dataset).identity.fingerprint for c in configs}) == len(configs)

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 
+import httpx
 import pytest
 from prefect import task
 from prefect.client.schemas.objects import StateType, TaskRun
 from prefect.context import TaskRunContext
 from prefect.states import State
+from ray.exceptions import RayTaskError, WorkerCrashedError
 
 from prompt_diffusion.engine.stopping import Stopped
 from prompt_diffusion.store.fingerprint import StageIdentity, StageInput
@@ -14,6 +16,7 @@ from prompt_diffusion.store.manifest import DamagedDataError, ManifestRef, seal_
 from prompt_diffusion.store.retries import StoreError
 from prompt_diffusion.store.stage import Context, Stage, obtain
 from prompt_diffusion.store.storage import delete_folder
+from prompt_diffusion.training.launch import TimeLimitError, TrainingStoppedError
 from tasks.caching import SealedPolicy
 from tasks.retries import is_transient
 
@@ -88,7 +91,17 @@ def test_two_stores_have_two_keys_because_the_cached_reference_names_its_store(t
     ("error", "can_help"),
     [
         (ConnectionError("reset"), True),
-        (RuntimeError("killed"), True),
+        (TimeoutError("no answer"), True),
+        (httpx.ConnectError("refused"), True),
+        (TrainingStoppedError("killed"), True),
+        (WorkerCrashedError(), True),
+        (RayTaskError("shard", "a traceback", TypeError("a fault of the program")).as_instanceof_cause(), False),
+        (RayTaskError("shard", "a traceback", TimeoutError("no answer")).as_instanceof_cause(), True),
+        (TimeLimitError("the time is over"), False),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (TypeError("a fault of the program"), False),
+        (KeyError("a fault of the program"), False),
+        (AssertionError(), False),
         (StoreError("cannot read s3://bucket/x: timeout"), True),
         (PermissionError("cannot write"), False),
         (FileNotFoundError("there is no file"), False),
