@@ -28,6 +28,9 @@ _RESEND_CODES = ("ConditionalRequestConflict", "OperationAborted", "BadDigest", 
 _LOST_CONDITION_CODES = ("PreconditionFailed", "412")
 _ENDED_UPLOAD_CODES = (*_LOST_CONDITION_CODES, "NoSuchUpload")
 
+_DENIED_CODES = ("AccessDenied", "Forbidden", "403")
+_FORBIDDEN = 403
+
 _KINDS = (FileNotFoundError, FileExistsError, PermissionError)
 _Errors = tuple[type[Exception], ...]
 
@@ -58,7 +61,8 @@ def ask_store(uri: str, verb: str, call: Callable[[], _Answer], *, failures: _Er
                 logger.warning("cannot %s %s: %s: tried again", verb, uri, describe_error(error))
                 _pause(attempt)
                 continue
-            kind = next((kind for kind in _KINDS if isinstance(error, kind)), StoreError)
+            kind = PermissionError if is_denied(error) else StoreError
+            kind = next((kind for kind in _KINDS if isinstance(error, kind)), kind)
             raise kind(f"cannot {verb} {uri}: {describe_error(error)}") from error
     raise AssertionError("the last try returns or raises")
 
@@ -103,6 +107,17 @@ def describe_error(error: BaseException) -> str:
     """Return the reason of a failure in one line."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(reason.split()) or type(error).__name__
+
+
+def is_denied(error: BaseException | None) -> bool:
+    """Say whether a store refused one object to us (403), which is not the same as credentials that it does not know."""
+    if _read_error_code(error) in _DENIED_CODES:
+        return True
+    while error is not None:
+        if getattr(error, "status", None) == _FORBIDDEN:
+            return True
+        error = error.__cause__
+    return False
 
 
 def _pause(attempt: int) -> None:

@@ -13,7 +13,7 @@ from prompt_diffusion.data.records import ImagePair, Split
 from prompt_diffusion.data.transforms import WHITE_16_BIT, decode_image, encode_png, resize_image
 from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.store.manifest import Reject
-from prompt_diffusion.store.retries import describe_error
+from prompt_diffusion.store.retries import describe_error, is_denied
 from prompt_diffusion.store.storage import exists, join_uri, local_path, read_bytes
 
 _NAME_BYTES = 1024  # S3's limit
@@ -126,7 +126,7 @@ def read_file(root: str, name: str) -> bytes:
     except FileNotFoundError as error:
         raise ValueError(f"{name} is missing{_explain_missing(root, name)}") from error
     except OSError as error:
-        if path is None or error.errno not in _OF_ONE_FILE:
+        if not is_denied(error) and (path is None or error.errno not in _OF_ONE_FILE):
             raise
         raise ValueError(f"{name} cannot be read: {describe_error(error)}") from error
 

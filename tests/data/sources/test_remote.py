@@ -17,6 +17,7 @@ from prompt_diffusion.data.ingest import IngestConfig, build_source
 from prompt_diffusion.data.records import ImagePair
 from prompt_diffusion.data.sources.digest import digest_files
 from prompt_diffusion.data.transforms import encode_png
+from prompt_diffusion.store.retries import is_denied
 from prompt_diffusion.store.storage import list_sizes
 
 
@@ -24,6 +25,14 @@ class Quiet(SimpleHTTPRequestHandler):
     """Serves a folder: pages that list it, and files with their sizes where `tells_sizes`."""
 
     tells_sizes = True
+    denied = ""
+
+    def do_GET(self) -> None:
+        """Refuse the file that is denied."""
+        if self.denied and self.path.endswith(self.denied):
+            self.send_error(403)
+        else:
+            super().do_GET()
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
@@ -75,6 +84,34 @@ def test_a_web_servers_listing_without_sizes_is_read(site: str, tmp_path: Path) 
         assert [item.reason for item in items if not isinstance(item, ImagePair)] == reasons
         here = build(kind, str(tmp_path / folder))
         assert source.digest() == here.digest()  # type: ignore[attr-defined]
+
+
+def test_a_file_that_a_server_denies_is_one_reject(site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "images" / "b.png").write_bytes((tmp_path / "images" / "a.png").read_bytes())
+    (tmp_path / "images" / "metadata.csv").write_text("file_name,caption\na.png,grey\nb.png,grey\n")
+    monkeypatch.setattr(Quiet, "denied", "b.png")
+    source = build("image_folder", f"{site}/images")
+    pair, reject = source.read(source.plan())  # type: ignore[attr-defined]
+    assert (pair.sample_id, reject.sample_id) == ("a.png", "b.png")
+    assert "b.png cannot be read" in reject.reason
+    assert "Forbidden" in reject.reason
+
+
+@pytest.mark.parametrize(
+    ("code", "is_of_one_object"),
+    [
+        ("AccessDenied", True),
+        ("403", True),
+        ("ExpiredToken", False),
+        ("InvalidAccessKeyId", False),
+        ("SlowDown", False),
+    ],
+)
+def test_s3_denies_one_object_or_the_caller(code: str, is_of_one_object: bool) -> None:
+    client_error = pytest.importorskip("botocore.exceptions").ClientError
+    error = PermissionError("cannot read s3://bucket/a.png")
+    error.__cause__ = client_error({"Error": {"Code": code, "Message": "no"}}, "GetObject")
+    assert is_denied(error) is is_of_one_object
 
 
 def test_a_server_that_tells_no_sizes_is_refused_in_one_sentence_or_read_whole(
