@@ -26,7 +26,8 @@ from prompt_diffusion.store.manifest import (
     write_file,
 )
 from prompt_diffusion.store.stage import Context, Stage
-from prompt_diffusion.store.storage import create_bytes, join_uri, read_bytes
+from prompt_diffusion.store.storage import create_bytes, read_bytes
+from prompt_diffusion.store.uris import join_uri
 
 logger = logging.getLogger(__name__)
 

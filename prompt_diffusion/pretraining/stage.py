@@ -31,7 +31,7 @@ from prompt_diffusion.store.manifest import (
     write_folder,
 )
 from prompt_diffusion.store.stage import Context, Stage
-from prompt_diffusion.store.storage import join_uri
+from prompt_diffusion.store.uris import join_uri
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

@@ -34,7 +34,7 @@ from prompt_diffusion.settings import Settings
 from prompt_diffusion.store.digest import digest_file
 from prompt_diffusion.store.local_files import hold
 from prompt_diffusion.store.manifest import Manifest, ManifestRef, open_manifest
-from prompt_diffusion.store.storage import local_path
+from prompt_diffusion.store.uris import local_path
 from prompt_diffusion.tracking.client import FINGERPRINT_TAG, connect, find_or_create_run, hide_password, knock
 from prompt_diffusion.tracking.delivery import deliver_outboxes
 from prompt_diffusion.tracking.finishing import finish_run

@@ -34,13 +34,13 @@ from prompt_diffusion.store.records import DamagedDataError, ManifestRef, Reject
 from prompt_diffusion.store.storage import (
     create_bytes,
     exists,
-    join_uri,
     list_sizes,
     open_input,
     read_bytes,
     write_bytes,
     write_from,
 )
+from prompt_diffusion.store.uris import join_uri
 
 logger = logging.getLogger(__name__)
 

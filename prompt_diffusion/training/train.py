@@ -37,7 +37,7 @@ from prompt_diffusion.store.manifest import (
     write_file,
     write_folder,
 )
-from prompt_diffusion.store.storage import join_uri
+from prompt_diffusion.store.uris import join_uri
 from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.loss import InContextObjective, check_recipe
 from prompt_diffusion.training.preflight import check_base

@@ -27,7 +27,8 @@ from prompt_diffusion.store.manifest import (
     write_folder,
 )
 from prompt_diffusion.store.sharded import run_sharded_stage
-from prompt_diffusion.store.storage import join_uri, list_files, read_bytes, write_bytes
+from prompt_diffusion.store.storage import list_files, read_bytes, write_bytes
+from prompt_diffusion.store.uris import join_uri
 
 IDENTITY = StageIdentity(
     stage="train",

@@ -12,7 +12,8 @@ from PIL import Image
 
 from prompt_diffusion.data.records import IMAGE_TYPE, ImagePair, build_schema
 from prompt_diffusion.data.transforms import decode_image
-from prompt_diffusion.store.storage import join_uri, write_bytes
+from prompt_diffusion.store.storage import write_bytes
+from prompt_diffusion.store.uris import join_uri
 
 ROW_SCHEMA = build_schema(
     {
