@@ -28,7 +28,8 @@ from prompt_diffusion.registry import (
     set_alias,
 )
 from prompt_diffusion.registry.card import MAX_DESCRIPTION, render_card, render_description
-from prompt_diffusion.store.manifest import open_manifest, seal_manifest, write_file, write_folder
+from prompt_diffusion.store.manifest import open_manifest
+from prompt_diffusion.store.sealing import seal_manifest, write_file, write_folder
 
 FACTS = ModelFacts(
     title="A checkpoint",
