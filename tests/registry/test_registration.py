@@ -216,10 +216,10 @@ def test_threads_that_register_the_same_folder_make_one_version(settings, pipeli
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
-from prompt_diffusion.registry import ModelFacts, register_folder, registration
+from prompt_diffusion.registry import ModelFacts, obtain, register_folder
 from prompt_diffusion.settings import Settings
 
-registration.upload = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+obtain.upload = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 settings = Settings(tracking_uri=sys.argv[2], cache_dir=sys.argv[3])
 register_folder(Path(sys.argv[1]), settings, name="killed", facts=ModelFacts(title="Half of it"))
 """
