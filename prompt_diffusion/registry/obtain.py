@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 _DESCRIPTION = "Prompt Diffusion: in-context vision tasks by example pairs."
 _ROOM_PREFIX = "registering-"
-_MAX_TAG = 5000  # the limit of MLflow's databases, in characters  # the limit of MLflow's databases, in characters
+_MAX_TAG = 5000  # the limit of MLflow's databases, in characters
 
 
 def obtain_version(
