@@ -50,7 +50,7 @@ def read_history(config, inputs, store):
 
 def train(config, inputs, folder, resources, on_event=lambda event: None):
     """Obtain a training that tells its events to that function."""
-    return obtain(Train(config, inputs), Context(str(folder), resources, lambda told: on_event(told.event)))
+    return obtain(Train(config, inputs), Context(str(folder), resources, on_event))
 
 
 @pytest.fixture(scope="module")
