@@ -153,4 +153,5 @@ def test_an_image_of_our_own_making_has_no_format_to_refuse():
     assert normalise_image(Image.new("RGB", (2, 2), "red"))[0, 0].tolist() == [255, 0, 0]
     png = io.BytesIO()
     Image.new("RGB", (2, 2), "red").save(png, "PNG")
-    assert open_image(png.getvalue()).format == "PNG"
+    with open_image(png.getvalue()) as image:
+        assert image.format == "PNG"

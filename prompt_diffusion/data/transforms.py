@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from prompt_diffusion.image_files import MAX_PIXELS, check_format, open_image
+from prompt_diffusion.image_files import MAX_PIXELS, ImageError, check_format, open_image
 
 if TYPE_CHECKING:
     import torch
@@ -33,23 +33,13 @@ _TURNS = {
 def decode_image(data: bytes, white: int = WHITE_16_BIT) -> Pixels:
     """Decode an image file to uint8 RGB (H, W, 3), rotated as its EXIF says, alpha over white, 16-bit grey scaled to 8.
 
-    ``white`` is the 16-bit grey value that becomes 255, as does all above it. ValueError, in one sentence, for what is
+    ``white`` is the 16-bit grey value that becomes 255, as does all above it. ImageError, in one sentence, for what is
     empty, damaged, truncated, animated, larger than 64 megapixels, or of a format that is not accepted (``IMAGE_FORMATS``).
     """
-    if not data:
-        raise ValueError("the image is empty")
-    try:
-        with open_image(data) as image:
-            _check_header(image)
-            image.load()
-            return normalise_image(image, white)
-    except _RefusedImageError:
-        raise
-    except Exception as error:  # each format's parser fails in its own way: no list of types is complete
-        reason = " ".join(str(error).split()) or type(error).__name__
-        # Pillow names the buffer's address, which would differ from run to run.
-        reason = "not an image file" if "cannot identify" in reason else reason
-        raise ValueError(f"the image cannot be decoded: {reason}") from error
+    with open_image(data) as image:
+        _check_header(image)
+        image.load()
+        return normalise_image(image, white)
 
 
 def read_image_file(path: Path) -> bytes:
@@ -64,30 +54,26 @@ def read_image_file(path: Path) -> bytes:
         raise ValueError(f"the image file {path} cannot be read: {error.strerror}") from error
 
 
-class _RefusedImageError(ValueError):
-    """An intact image that is not accepted."""
-
-
 def _check_header(image: Image.Image) -> None:
     """Refuse by the header alone what must not be decoded."""
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise _RefusedImageError(f"the image has {width} x {height} pixels, more than {MAX_PIXELS}")
+        raise ImageError(f"the image has {width} x {height} pixels, more than {MAX_PIXELS}")
     # An MPO is a photograph: phones and stereo cameras add a preview or a depth map as a second frame.
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-        raise _RefusedImageError(f"the image is animated or has pages: {getattr(image, 'n_frames', 1)} frames")
+        raise ImageError(f"the image is animated or has pages: {getattr(image, 'n_frames', 1)} frames")
 
 
 def normalise_image(image: Image.Image, white: int = WHITE_16_BIT) -> Pixels:
-    """Return any Pillow mode as uint8 RGB (H, W, 3), as ``decode_image`` says; ValueError for pixels of an unknown range."""
+    """Return any Pillow mode as uint8 RGB (H, W, 3), as ``decode_image`` says; ImageError for pixels of an unknown range."""
     check_format(image)
     image = _turn_upright(image)
     if image.mode == "F":
-        raise _RefusedImageError("the image has floating-point pixels, whose range is not known")
+        raise ImageError("the image has floating-point pixels, whose range is not known")
     if image.mode.startswith("I"):  # 16-bit grey; Pillow would clip instead of scaling
         wide = np.asarray(image).astype(np.int64)
         if wide.size and (wide.min() < 0 or wide.max() > 65535):
-            raise _RefusedImageError(f"the image has grey values from {wide.min()} to {wide.max()}, beyond 16 bit")
+            raise ImageError(f"the image has grey values from {wide.min()} to {wide.max()}, beyond 16 bit")
         grey = ((np.minimum(wide, white) * 255 + white // 2) // white).astype(np.uint8)
         if "transparency" in image.info:
             grey[wide == image.info["transparency"]] = 255

@@ -6,11 +6,10 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from prompt_diffusion.evaluation.config import Method
 from prompt_diffusion.evaluation.table import name_task
+from prompt_diffusion.store.codec import open_parquet
 from prompt_diffusion.store.manifest import Manifest
 
 LOSSES_FILE: Final = "losses.parquet"
@@ -26,7 +25,7 @@ def read_curve(model: Manifest, vision_task: str) -> Curve:
 
     Single batches are far too noisy to read: each point is the mean over its bin, weighted by samples.
     """
-    table = pq.read_table(pa.BufferReader(model.read_file(LOSSES_FILE)))
+    table = open_parquet(model.read_file(LOSSES_FILE)).read()
     is_task = np.array([name == vision_task for name in table["vision_task"].to_pylist()], dtype=bool)
     losses = table["loss"].to_numpy().astype(np.float64)[is_task]
     weights = table["num_samples"].to_numpy().astype(np.float64)[is_task]

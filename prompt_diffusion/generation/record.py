@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from prompt_diffusion.data.transforms import Pixels, decode_image, encode_png
+from prompt_diffusion.data.transforms import Pixels, encode_png
 from prompt_diffusion.frozen import FrozenModel, say_first_error
 from prompt_diffusion.generation.request import GenerationRequest
 from prompt_diffusion.image_files import open_image
@@ -47,7 +47,6 @@ def encode_result(image: Pixels, record: GenerationRecord) -> bytes:
 
 def read_record(png: bytes) -> GenerationRecord:
     """Return what a PNG of ours carries; ValueError, in one sentence, where it carries nothing, or something else."""
-    decode_image(png)  # a damaged file is refused as such
     with open_image(png) as image:
         image.load()
         text = getattr(image, "text", {}).get(SETTINGS_KEY)

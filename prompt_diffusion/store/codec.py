@@ -32,7 +32,7 @@ def encode_manifest(content: Mapping[str, Any], rows: Sequence[Mapping[str, Any]
 def decode_manifest(data: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return content and rows of a manifest's bytes; ValueError where they are not what was encoded."""
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        table = open_parquet(data).read()
         content = json.loads((table.schema.metadata or {})[METADATA_KEY])
         digest = content.pop("digest")
     except (pa.ArrowException, OSError, KeyError, AttributeError, ValueError) as error:
@@ -42,6 +42,17 @@ def decode_manifest(data: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     if digest != actual:
         raise ValueError(f"it was altered: its content has the digest {actual}, it was sealed with {digest}")
     return content, rows
+
+
+def open_parquet(data: bytes, **options: Any) -> pq.ParquetFile:  # noqa: ANN401 - ParquetFile's own
+    """Open the bytes of a Parquet file in memory of Arrow's own.
+
+    A thread of Arrow's may release a file's memory last, when the interpreter has begun to end: with memory of Python's, it
+    would abort the process. ``pyarrow.parquet.read_table`` has such threads.
+    """
+    memory = pa.allocate_buffer(len(data))
+    memoryview(memory).cast("B")[:] = data
+    return pq.ParquetFile(pa.BufferReader(memory), **options)
 
 
 def read_written_types(file: pq.ParquetFile) -> dict[str, pa.DataType]:

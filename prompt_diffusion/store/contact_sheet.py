@@ -4,7 +4,7 @@ import io
 
 from PIL import Image, ImageDraw
 
-from prompt_diffusion.image_files import DECODER_ERRORS, MAX_PIXELS, open_image
+from prompt_diffusion.image_files import MAX_PIXELS, ImageError, open_image
 from prompt_diffusion.store.lettering import Lettering
 
 _CELL_PIXELS = 128
@@ -60,12 +60,12 @@ def _draw_cell(data: bytes | None, name: str, words: list[str]) -> Image.Image:
     if data is None:
         return cell
     try:
-        opened = open_image(data)
-        if opened.width * opened.height > MAX_PIXELS:
-            raise ValueError(f"it has {opened.width} x {opened.height} pixels, more than {MAX_PIXELS}")
-        image = opened.convert("RGB")
-    except DECODER_ERRORS as error:
-        raise ValueError(f"the column {name!r} of the row {' / '.join(words)!r} holds no image: {error}") from error
+        with open_image(data) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise ImageError(f"the image has {opened.width} x {opened.height} pixels, more than {MAX_PIXELS}")
+            image = opened.convert("RGB")
+    except ImageError as error:
+        raise ValueError(f"the column {name!r} of the row {' / '.join(words)!r} cannot be drawn: {error}") from error
     scale = _CELL_PIXELS / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     # Enlarged pixels stay visible as pixels: this is a look at the data.

@@ -4,9 +4,9 @@ from collections import Counter
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from prompt_diffusion.frozen import FrozenModel
+from prompt_diffusion.store.codec import open_parquet
 from prompt_diffusion.store.contact_sheet import Cells, draw_contact_sheet
 from prompt_diffusion.store.fingerprint import StageInput
 from prompt_diffusion.store.lineage import Ancestor, walk_lineage
@@ -112,7 +112,7 @@ def _read_schema(manifest: Manifest) -> pa.Schema:
     if not manifest.shards:
         return pa.schema([])
     data = manifest.read_file(manifest.shards[0].path)
-    return pq.read_schema(pa.BufferReader(data))
+    return open_parquet(data).schema_arrow
 
 
 def _read_rows(manifest: Manifest, max_rows: int) -> list[dict[str, Any]]:

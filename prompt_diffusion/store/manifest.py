@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prompt_diffusion.store.codec import METADATA_KEY, decode_manifest, read_written_types
+from prompt_diffusion.store.codec import METADATA_KEY, decode_manifest, open_parquet, read_written_types
 from prompt_diffusion.store.concurrency import map_ahead
 from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.records import DamagedDataError, ManifestRef, Reject, StoredFile, UnsealedError
@@ -66,8 +66,7 @@ class Manifest(SealedFiles):
 
     def read_shard(self, shard: StoredFile, columns: list[str] | None = None) -> pa.Table:
         """Return one shard; DamagedDataError names a file that is not as sealed, ValueError an unknown column."""
-        content = pa.BufferReader(self.read_file(shard.path))
-        file = pq.ParquetFile(content)
+        file = open_parquet(self.read_file(shard.path))
         names = file.schema_arrow.names
         unknown = [column for column in columns or [] if column not in names]
         if unknown:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prompt_diffusion.store.codec import METADATA_KEY
+from prompt_diffusion.store.codec import METADATA_KEY, open_parquet
 from prompt_diffusion.store.concurrency import map_ahead
 from prompt_diffusion.store.fingerprint import StageIdentity, write_canonical_json
 from prompt_diffusion.store.records import MadeShard, ManifestRef, OnProgress, Reject, ShardProgress
@@ -179,7 +179,7 @@ def _read_leftover(uri: str, index: int, header: dict[str, str | int]) -> tuple[
     except FileNotFoundError:
         return None, False
     try:
-        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+        file = open_parquet(data, page_checksum_verification=True)
         content = json.loads((file.schema_arrow.metadata or {})[METADATA_KEY])
         if {key: content[key] for key in header} != header:
             raise ValueError(f"it belongs to shard {content['shard']} of {content['num_shards']}")

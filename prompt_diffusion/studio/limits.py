@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 from gradio.utils import get_upload_folder
 
-from prompt_diffusion.image_files import DECODER_ERRORS, open_image
+from prompt_diffusion.image_files import ImageError, open_image
 
 MAX_UPLOAD_BYTES = 20 * 1024 * 1024
 MAX_BODY_BYTES = 1 << 20
@@ -40,7 +40,7 @@ def read_upload(path: str) -> bytes:
     try:
         with open_image(data) as image:
             width, height = image.size
-    except DECODER_ERRORS:
+    except ImageError:
         raise ValueError(f"{file.name} is not an image file that can be read: use PNG, JPEG or WebP") from None
     if width * height > MAX_UPLOAD_PIXELS:
         raise ValueError(

@@ -119,7 +119,7 @@ def test_images_in_lists_get_cells_and_absent_ones_stay_grey(tmp_store: str) -> 
 
 def test_cell_that_is_no_image_is_named(tmp_store: str) -> None:
     rows = [build_row(7, (0, 0, 0)) | {"photograph": {"bytes": b"no image", "path": None}}]
-    with pytest.raises(ValueError, match="the column 'photograph' of the row 's7 / a plain colour' holds no image"):
+    with pytest.raises(ValueError, match="the column 'photograph' of the row 's7 / a plain colour' cannot be drawn"):
         render_contact_sheet(seal_rows(tmp_store, rows))
 
 

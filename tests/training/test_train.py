@@ -104,7 +104,7 @@ def test_a_sealed_training_is_a_pipeline_with_its_losses(train_inputs, tiny_conf
     events = []
     ref = obtain(
         Train(config, train_inputs),
-        Context(str(tmp_path), TrainResources(log_every_steps=1), lambda told: events.append(told.event)),
+        Context(str(tmp_path), TrainResources(log_every_steps=1), events.append),
     )
     manifest = open_manifest(ref.uri)
     assert isinstance(events[0], LaunchEvent)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+
+from prompt_diffusion.store.codec import open_parquet
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,7 @@ def _read_object(place: str, line: str) -> TableRow:
 
 def read_parquet(data: bytes, columns: Sequence[str]) -> Table:
     """Read the named columns of a Parquet file: others may be of types that Python has no values for."""
-    file = pq.ParquetFile(pa.BufferReader(data))
+    file = open_parquet(data)
     names = tuple(file.schema_arrow.names)
     found = [name for name in columns if name in names]
     table = file.read(columns=found)
