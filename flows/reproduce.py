@@ -17,8 +17,8 @@ def reproduce(preset: Preset = "demo", overrides: Overrides | None = None, store
 
     Args:
         preset: The complete configuration to start from.
-        overrides: Single fields to change, by dotted name, for example `{"train.num_steps": 1000}`.
-        store: Folder or s3:// address that keeps every stage; empty means PROMPT_DIFFUSION_STORE, else `outputs/store`.
+        overrides: Single fields to change, by dotted name, for example ``{"train.num_steps": 1000}``.
+        store: Folder or s3:// address that keeps every stage; empty means PROMPT_DIFFUSION_STORE, else ``outputs/store``.
     """
     return reproduce_run(start_run(preset, overrides, store))
 

@@ -13,7 +13,8 @@ from prompt_diffusion.model.mirror import find_model
 from prompt_diffusion.presets import RunConfig, build_preset
 from prompt_diffusion.registry import fetch
 from prompt_diffusion.settings import Settings, load_settings
-from prompt_diffusion.store.storage import check_writable, local_path
+from prompt_diffusion.store.storage import check_writable
+from prompt_diffusion.store.uris import local_path
 
 Preset = Literal["smoke", "demo", "paper"]
 Overrides = dict[str, Any]  # a JSON object: Prefect builds the form from it

@@ -1,4 +1,4 @@
-"""The process of the embedded Prefect server: `python -m flows.server SOCKET`; it ends when its standard input does.
+"""The process of the embedded Prefect server: ``python -m flows.server SOCKET``; it ends when its standard input does.
 
 That input is a pipe from the process that uses the server: however that process ends, no server stays behind. SOCKET is
 the file descriptor of a socket that is bound to the server's address.

@@ -69,7 +69,7 @@ def obtain(run: Run, stage: Stage[R], resources: R, made: Sequence[MadeShard] = 
 
 
 def obtain_all(run: Run, stages: Sequence[Stage[R]], resources: R, at_once: int = 1) -> list[ManifestRef]:
-    """Return the outputs of several stages, in order, `at_once` of them made at the same time."""
+    """Return the outputs of several stages, in order, ``at_once`` of them made at the same time."""
     if run.upstream == "require" or at_once == 1:
         return [obtain(run, stage, resources) for stage in stages]
     pool: ThreadPoolTaskRunner[ManifestRef] = ThreadPoolTaskRunner(max_workers=at_once)

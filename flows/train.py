@@ -25,8 +25,8 @@ def train_six_task(
 
     Args:
         preset: The complete configuration to start from.
-        overrides: Single fields to change, by dotted name, for example `{"train.num_steps": 1000}`.
-        store: Folder or s3:// address that keeps every stage; empty means PROMPT_DIFFUSION_STORE, else `outputs/store`.
+        overrides: Single fields to change, by dotted name, for example ``{"train.num_steps": 1000}``.
+        store: Folder or s3:// address that keeps every stage; empty means PROMPT_DIFFUSION_STORE, else ``outputs/store``.
         upstream: What to do about earlier stages that are not sealed yet: make them, or fail and name the first.
     """
     return train_joint_model(start_run(preset, overrides, store, upstream))
@@ -47,8 +47,8 @@ def train_controlnet_baselines(
 
     Args:
         preset: The complete configuration to start from.
-        overrides: Single fields to change, by dotted name, for example `{"baselines.batch_size": 64}`.
-        store: Folder or s3:// address that keeps every stage; empty means PROMPT_DIFFUSION_STORE, else `outputs/store`.
+        overrides: Single fields to change, by dotted name, for example ``{"baselines.batch_size": 64}``.
+        store: Folder or s3:// address that keeps every stage; empty means PROMPT_DIFFUSION_STORE, else ``outputs/store``.
         upstream: What to do about earlier stages that are not sealed yet: make them, or fail and name the first.
     """
     return train_baselines(start_run(preset, overrides, store, upstream))
@@ -73,17 +73,18 @@ def train_custom(
 ) -> ManifestRef:
     """Train your own vision task, from a folder of (source, target) pairs, and register the model under its own name.
 
-    The vision task is called `{condition}_to_image`; the registered model `prompt-diffusion-{condition}`.
+    The vision task is called ``{condition}_to_image``; the registered model ``prompt-diffusion-{condition}``.
 
     Args:
-        folder: The pairs: images with `metadata.csv` of `source_file_name`, `target_file_name` and `caption`, at a path or URI.
-        condition: What the source images are, in one word of your choice, for example `sketch`.
+        folder: The pairs: images with ``metadata.csv`` of ``source_file_name``, ``target_file_name`` and ``caption``, at a
+            path or URI.
+        condition: What the source images are, in one word of your choice, for example ``sketch``.
         mixed: Train on the preset's six vision tasks too, so that they are not forgotten; all are drawn equally often.
         model: The registered model or folder to start from; none: the preset's base with a new ControlNet.
         steps: Optimizer steps; empty means the preset's.
         preset: The complete configuration to start from: resolution, recipe and, where mixed, the six tasks' dataset.
-        overrides: Single fields to change, by dotted name, for example `{"train.batch_size": 16}`.
-        store: Folder or s3:// address that keeps every stage; empty means PROMPT_DIFFUSION_STORE, else `outputs/store`.
+        overrides: Single fields to change, by dotted name, for example ``{"train.batch_size": 16}``.
+        store: Folder or s3:// address that keeps every stage; empty means PROMPT_DIFFUSION_STORE, else ``outputs/store``.
         upstream: What to do about earlier stages that are not sealed yet: make them, or fail and name the first.
     """
     changes = build_custom_overrides(condition, mixed, model, steps) | (overrides or {})

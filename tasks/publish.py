@@ -11,7 +11,7 @@ from prompt_diffusion.evaluation.benchmark import REPORT_FILE
 from prompt_diffusion.evaluation.table import read_table, render_markdown
 from prompt_diffusion.pretraining.stage import install_base
 from prompt_diffusion.store.manifest import ManifestRef
-from prompt_diffusion.store.storage import join_uri, local_path
+from prompt_diffusion.store.uris import join_uri, local_path
 
 
 @task(name="publish maps", persist_result=False)

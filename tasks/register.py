@@ -34,8 +34,8 @@ def register(
 ) -> RegisteredModel | None:
     """Make a trained model a version of the registered model, with the alias; registering it again makes no new version.
 
-    With `cells` (measurements) no version is made and no alias moves: the numbers go to existing versions, if any.
-    `name` replaces the settings' registered model; without an `alias` none moves, as after a smoke run.
+    With ``cells`` (measurements) no version is made and no alias moves: the numbers go to existing versions, if any.
+    ``name`` replaces the settings' registered model; without an ``alias`` none moves, as after a smoke run.
     """
     logger = get_run_logger()
     results = [result for result in map(read_cell, cells) if result.method == "Prompt Diffusion"]

@@ -1,6 +1,6 @@
 """GPUs that trainings share: slots of a global concurrency limit in Prefect, if its server has one of that name.
 
-`prefect gcl create gpu --limit 8` makes the limit for eight GPUs; without it, nothing waits for anything.
+``prefect gcl create gpu --limit 8`` makes the limit for eight GPUs; without it, nothing waits for anything.
 """
 
 from collections.abc import Iterator

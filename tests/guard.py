@@ -1,4 +1,4 @@
-"""`guard.py PID COMMAND...`: run the command for as long as that process lives; a SIGTERM is passed on."""
+"""``guard.py PID COMMAND...``: run the command for as long as that process lives; a SIGTERM is passed on."""
 
 import os
 import signal

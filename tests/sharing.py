@@ -113,7 +113,7 @@ def lock_in_run(factory: pytest.TempPathFactory, name: str) -> Iterator[Path]:
 
 
 def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any]) -> tuple[Path, Any]:
-    """Return a folder of that name and, from JSON, what `make(folder)` returned, which is called once in a run."""
+    """Return a folder of that name and, from JSON, what ``make(folder)`` returned, which is called once in a run."""
     with lock_in_run(factory, name) as folder:
         note = folder.with_suffix(".json")
         if not note.exists():

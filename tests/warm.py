@@ -52,7 +52,7 @@ class WarmProcess:
             yield line
 
     def wait(self) -> int:
-        """Return its exit code, once it has ended, as `subprocess` gives it."""
+        """Return its exit code, once it has ended, as ``subprocess`` gives it."""
         for _ in self.read_lines() if self.stdout is not None else ():
             pass
         self._process.join()

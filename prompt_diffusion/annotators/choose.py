@@ -7,7 +7,8 @@ from prompt_diffusion.annotators.base import AnnotateResources, AnnotatorSpec
 from prompt_diffusion.annotators.hub import is_cached
 from prompt_diffusion.annotators.table import ANNOTATORS
 from prompt_diffusion.annotators.weights import HubFile, PublishedWeights
-from prompt_diffusion.store.storage import exists, join_uri
+from prompt_diffusion.store.storage import exists
+from prompt_diffusion.store.uris import join_uri
 
 
 def choose_annotator(name: str, resources: AnnotateResources) -> AnnotatorSpec:

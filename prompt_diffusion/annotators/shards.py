@@ -14,7 +14,7 @@ from prompt_diffusion.data.ingest import IngestConfig, build_native_source
 from prompt_diffusion.data.records import ImagePair, condition_maps_table
 from prompt_diffusion.store.manifest import Manifest
 from prompt_diffusion.store.sharded import MakeShard, ShardRows
-from prompt_diffusion.store.storage import join_uri
+from prompt_diffusion.store.uris import join_uri
 
 MIRROR = "weights"
 """The store's folder of weights, which ``prompt-diffusion weights mirror`` fills."""

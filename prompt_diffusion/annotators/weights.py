@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from prompt_diffusion.annotators.hub import download_file
 from prompt_diffusion.store.fingerprint import compute_digest
-from prompt_diffusion.store.storage import exists, join_uri, list_files, read_bytes, write_bytes
+from prompt_diffusion.store.storage import exists, list_files, read_bytes, write_bytes
+from prompt_diffusion.store.uris import join_uri
 
 if TYPE_CHECKING:
     import h5py

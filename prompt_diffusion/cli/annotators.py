@@ -54,7 +54,7 @@ def annotate(
     from prompt_diffusion.annotators.table import build_annotator
     from prompt_diffusion.data.transforms import decode_image, encode_png, resize_image
     from prompt_diffusion.settings import load_settings
-    from prompt_diffusion.store.storage import join_uri
+    from prompt_diffusion.store.uris import join_uri
 
     check_out(out, force)
     pixels = decode_image(read_picture_file(image))
@@ -97,7 +97,8 @@ def mirror(
     from prompt_diffusion.presets import paper
     from prompt_diffusion.settings import load_settings
     from prompt_diffusion.store.fingerprint import compute_digest
-    from prompt_diffusion.store.storage import check_writable, join_uri
+    from prompt_diffusion.store.storage import check_writable
+    from prompt_diffusion.store.uris import join_uri
 
     root = store or load_settings().store
     specs = [find_annotator(name) for name in names or [config.annotator for config in paper().annotate]]

@@ -7,59 +7,38 @@ in part: an entry is checked when a process first opens it, and rebuilt if it is
 """
 
 import fcntl
-import hashlib
-import json
-import logging
-import os
-import shutil
 import time
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from numpy.typing import NDArray
 
-from prompt_diffusion.data.records import IMAGE_TYPE, read_array
-from prompt_diffusion.data.transforms import Pixels, decode_image
+from prompt_diffusion.data.cached_shard import (
+    Array,
+    BrokenEntryError,
+    Column,
+    decode_columns,
+    is_whole,
+    read_into,
+    read_layout,
+    remove,
+    touch,
+    write_columns,
+)
 from prompt_diffusion.settings import load_settings
-from prompt_diffusion.store.digest import digest_file
-from prompt_diffusion.store.fingerprint import compute_digest
 from prompt_diffusion.store.manifest import Manifest
 
-logger = logging.getLogger(__name__)
-
-Array = NDArray[Any]
-
-_LAYOUT_FILE = "layout.json"
 _TOUCH_SECONDS = 60.0
 _MAX_TRIES = 20
-
-
-class _BrokenEntryError(Exception):
-    """An entry exists but is not what was written."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Column:
-    """Where the rows of one column are stored."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    row_bytes: int
-    rows: int
 
 
 @dataclass(slots=True)
 class _Entry:
     """A cached shard, and when this process last marked it as used."""
 
-    columns: dict[str, _Column]
+    columns: dict[str, Column]
     touched: float
 
 
@@ -87,7 +66,7 @@ class ShardCache:
             if values is None or (values.shape, values.dtype) != (found.shape, found.dtype):
                 values = np.empty(found.shape, found.dtype)
             try:
-                size = _read_into(values, found, row)
+                size = read_into(values, found, row)
             except (
                 FileNotFoundError,
                 NotADirectoryError,
@@ -113,18 +92,18 @@ class ShardCache:
         elif self.max_bytes is not None and now - entry.touched > _TOUCH_SECONDS:
             entry.touched = now
             with suppress(FileNotFoundError):
-                _touch(self.folder / digest)
+                touch(self.folder / digest)
         return entry
 
-    def _load(self, manifest: Manifest, shard: int) -> dict[str, _Column]:
+    def _load(self, manifest: Manifest, shard: int) -> dict[str, Column]:
         place = self.folder / manifest.shards[shard].sha256
         for _ in range(_MAX_TRIES):
             try:
-                _touch(place)
-                return _read_layout(place)
-            except (FileNotFoundError, _BrokenEntryError):  # not cached yet, deleted just now, or not whole
+                touch(place)
+                return read_layout(place)
+            except (FileNotFoundError, BrokenEntryError):  # not cached yet, deleted just now, or not whole
                 with self._hold(place.name):  # one process fetches, the others wait
-                    if not _is_whole(place):
+                    if not is_whole(place):
                         self._fill(place, manifest, shard)
         raise self._give_up(manifest, shard)
 
@@ -135,29 +114,14 @@ class ShardCache:
         )
 
     def _fill(self, place: Path, manifest: Manifest, shard: int) -> None:
-        columns = _decode_columns(manifest.read_shard(manifest.shards[shard]))
+        columns = decode_columns(manifest.read_shard(manifest.shards[shard]))
         self._make_room(sum(values.nbytes for values in columns.values()))
-        partial = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
         try:
-            partial.mkdir()
-            layout = {}
-            for number, (name, values) in enumerate(columns.items()):
-                file = f"column-{number:03d}"  # not by its name, which may be anything
-                digest = _write_file(partial / file, np.ascontiguousarray(values).data.cast("B"))
-                layout[name] = {"file": file, "shape": values.shape, "dtype": values.dtype.str, "sha256": digest}
-            content = json.dumps({"columns": layout})
-            sealed = json.dumps({"content": content, "digest": compute_digest(content.encode())})
-            _write_file(partial / _LAYOUT_FILE, memoryview(sealed.encode()))  # last: all it lists is on the disk
-            _sync_folder(partial)
-            _remove(place)  # what is left of a broken one
-            os.replace(partial, place)
-            _sync_folder(self.folder)
+            write_columns(place, columns)
         except OSError as error:
             way_out = "give another cache_dir, or less cache_bytes"
             message = f"the shard cache {self.folder} cannot be written ({error.strerror}): {way_out}"
             raise OSError(error.errno, message) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
     def _make_room(self, num_bytes: int) -> None:
         """Delete the least recently used entries until that many more bytes fit within the limit."""
@@ -175,7 +139,7 @@ class ShardCache:
         for _, size, place in sorted(entries):
             if total + num_bytes <= self.max_bytes:
                 break
-            _remove(place)
+            remove(place)
             total -= size
 
     @contextmanager
@@ -188,103 +152,7 @@ class ShardCache:
             yield
 
 
-def _decode_columns(table: pa.Table) -> dict[str, Array]:
-    """Return a shard's images and arrays by column, one entry per row."""
-    columns: dict[str, Array] = {}
-    for field in table.schema:
-        if field.type == IMAGE_TYPE:
-            columns[field.name] = _decode_images(table[field.name])
-        elif pa.types.is_fixed_size_binary(field.type):
-            columns[field.name] = read_array(table, field.name)
-    return columns
-
-
-def _decode_images(column: pa.ChunkedArray) -> Pixels:
-    images = np.stack([decode_image(cell["bytes"].as_py()) for cell in column])
-    is_grey = all(bool((image[..., :1] == image).all()) for image in images)  # stops at the first one in colour
-    return np.ascontiguousarray(images[..., :1]) if is_grey else images
-
-
-def _read_layout(place: Path) -> dict[str, _Column]:
-    """Return where the columns are stored, after checking their bytes; FileNotFoundError where there is no entry.
-
-    _BrokenEntryError where any part of it is missing or not as it was written.
-    """
-    try:
-        sealed = json.loads((place / _LAYOUT_FILE).read_text())
-        if compute_digest(sealed["content"].encode()) != sealed["digest"]:
-            raise _BrokenEntryError(f"{_LAYOUT_FILE} was altered")
-        layout: Mapping[str, dict[str, Any]] = json.loads(sealed["content"])["columns"]
-        columns = {}
-        for name, content in layout.items():
-            file, (rows, *shape), dtype = place / content["file"], content["shape"], np.dtype(content["dtype"])
-            if digest_file(file) != content["sha256"]:
-                raise _BrokenEntryError(f"the column {name} is not as it was written")
-            row_bytes = dtype.itemsize * int(np.prod(shape))
-            columns[name] = _Column(str(file), tuple(shape), dtype, row_bytes, rows)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if not place.exists():
-            raise FileNotFoundError(place) from error
-        raise _BrokenEntryError(f"{type(error).__name__}: {error}") from error
-    return columns
-
-
-def _is_whole(place: Path) -> bool:
-    """Say whether an entry exists as it was written; a broken one is logged."""
-    try:
-        _read_layout(place)
-    except FileNotFoundError:
-        return False
-    except _BrokenEntryError as error:
-        logger.warning("the shard cache's %s cannot be used (%s): made anew", place, error)
-        return False
-    return True
-
-
-def _write_file(path: Path, content: memoryview) -> str:
-    """Write a file and flush it to the disk; return its sha256."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return hashlib.sha256(content).hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush a folder's directory entries to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _read_into(values: Array, column: _Column, row: int) -> int:
-    """Read one row of a column; return the number of bytes read."""
-    handle = os.open(column.file, os.O_RDONLY)
-    try:
-        return os.preadv(handle, [values.data], row * column.row_bytes)
-    finally:
-        os.close(handle)
-
-
-def _find_column(entry: _Entry, name: str, manifest: Manifest) -> _Column:
+def _find_column(entry: _Entry, name: str, manifest: Manifest) -> Column:
     if name not in entry.columns:
         raise ValueError(f"{manifest.ref.uri} has no column {name!r}, only {', '.join(entry.columns)}")
     return entry.columns[name]
-
-
-def _touch(place: Path) -> None:
-    """Mark an entry as used; FileNotFoundError where it is gone."""
-    os.utime(place)
-
-
-def _remove(place: Path) -> None:
-    """Move an entry away atomically, then delete its files: no process sees a part of it."""
-    doomed = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
-    with suppress(FileNotFoundError):
-        os.replace(place, doomed)
-    if doomed.is_dir():
-        shutil.rmtree(doomed, ignore_errors=True)
-    else:  # a file in its place, or nothing
-        doomed.unlink(missing_ok=True)

@@ -27,6 +27,7 @@ from prompt_diffusion.engine.optimizer import estimate_state_bytes
 from prompt_diffusion.store import storage
 from prompt_diffusion.store.digest import digest_file
 from prompt_diffusion.store.fingerprint import compute_digest
+from prompt_diffusion.store.uris import join_uri, local_path
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def estimate_checkpoint_bytes(parameters: Mapping[str, Tensor], config: Optimize
 
 def check_room(folder: str, checkpoint_bytes: int) -> None:
     """Raise ValueError where the disk of a local checkpoint folder has too little room for the checkpoints of a run."""
-    path = storage.local_path(folder)
+    path = local_path(folder)
     if path is None:
         return
     # A run that resumes has some of them already, but never the one that it writes next.
@@ -140,11 +141,9 @@ def write_checkpoint(folder: str, files: Mapping[str, Mapping[str, Tensor]], sta
 
     ``files``: contiguous tensors on the CPU by name, by file.
     """
-    target = storage.join_uri(folder, _name_checkpoint(state.step))
-    digests = {
-        file: _write_tensors(storage.join_uri(target, file), tensors) for file, tensors in files.items() if tensors
-    }
-    storage.write_bytes(storage.join_uri(target, _STATE_FILE), _encode_state({**vars(state), "digests": digests}))
+    target = join_uri(folder, _name_checkpoint(state.step))
+    digests = {file: _write_tensors(join_uri(target, file), tensors) for file, tensors in files.items() if tensors}
+    storage.write_bytes(join_uri(target, _STATE_FILE), _encode_state({**vars(state), "digests": digests}))
 
 
 def delete_checkpoints(folder: str, state: TrainState, num_steps: int, num_spaced: int) -> None:
@@ -154,7 +153,7 @@ def delete_checkpoints(folder: str, state: TrainState, num_steps: int, num_space
     kept = {_name_checkpoint(step) for step in choose_kept(steps, validations, num_steps, num_spaced)}
     found = {file.split("/")[0] for file in storage.list_files(folder) if file.startswith(_PREFIX)}
     for name in found - kept:
-        storage.delete_folder(storage.join_uri(folder, name))
+        storage.delete_folder(join_uri(folder, name))
 
 
 def list_checkpoints(folder: str) -> list[str]:
@@ -167,9 +166,9 @@ def restore_checkpoint(
 ) -> TrainState:
     """Load the newest whole checkpoint into the tensors and optimizers; a fresh ``TrainState`` where there is none."""
     for name in reversed(list_checkpoints(folder)):
-        uri = storage.join_uri(folder, name)
+        uri = join_uri(folder, name)
         try:
-            state, digests = _parse_state(storage.read_bytes(storage.join_uri(uri, _STATE_FILE)), name)
+            state, digests = _parse_state(storage.read_bytes(join_uri(uri, _STATE_FILE)), name)
             with _fetch(uri, digests) as files:
                 damaged = [file for file, path in files.items() if digest_file(path) != digests[file]]
                 if damaged:
@@ -215,7 +214,7 @@ def _name_checkpoint(step: int) -> str:
 
 def _write_tensors(uri: str, tensors: Mapping[str, Tensor]) -> str:
     """Write tensors as safetensors, a remote file by way of a temporary local one; return the digest."""
-    path = storage.local_path(uri)
+    path = local_path(uri)
     if path is None:
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch, "tensors")
@@ -235,13 +234,13 @@ def _write_tensors(uri: str, tensors: Mapping[str, Tensor]) -> str:
 @contextmanager
 def _fetch(uri: str, names: Collection[str]) -> Iterator[dict[str, Path]]:
     """Yield the local paths of a folder's files, by name; remote files are copied while the block runs."""
-    path = storage.local_path(uri)
+    path = local_path(uri)
     if path is not None:
         yield {name: path / name for name in names}
         return
     with tempfile.TemporaryDirectory() as scratch:
         for name in names:
-            with storage.open_input(storage.join_uri(uri, name)) as source, Path(scratch, name).open("wb") as copy:
+            with storage.open_input(join_uri(uri, name)) as source, Path(scratch, name).open("wb") as copy:
                 shutil.copyfileobj(source, copy, 1 << 24)
         yield {name: Path(scratch, name) for name in names}
 

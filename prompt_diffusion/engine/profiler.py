@@ -10,7 +10,8 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.engine.distributed import World
-from prompt_diffusion.store.storage import join_uri, write_from
+from prompt_diffusion.store.storage import write_from
+from prompt_diffusion.store.uris import join_uri
 
 logger = logging.getLogger(__name__)
 

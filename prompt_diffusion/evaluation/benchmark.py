@@ -18,15 +18,11 @@ from prompt_diffusion.evaluation.report import render_report
 from prompt_diffusion.evaluation.table import STAGE, TABLE_FILE, BenchmarkTable, render_csv, render_markdown
 from prompt_diffusion.evaluation.trivial import read_trivial
 from prompt_diffusion.store.fingerprint import StageIdentity, StageInput
-from prompt_diffusion.store.manifest import (
-    ManifestRef,
-    describe_file,
-    open_manifest,
-    seal_manifest,
-    write_file,
-)
+from prompt_diffusion.store.manifest import ManifestRef, open_manifest
+from prompt_diffusion.store.sealing import describe_file, seal_manifest, write_file
 from prompt_diffusion.store.stage import Context, Stage
-from prompt_diffusion.store.storage import create_bytes, join_uri, read_bytes
+from prompt_diffusion.store.storage import create_bytes, read_bytes
+from prompt_diffusion.store.uris import join_uri
 
 logger = logging.getLogger(__name__)
 

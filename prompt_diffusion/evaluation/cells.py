@@ -29,7 +29,8 @@ from prompt_diffusion.evaluation.models import open_pipeline, reserve_device
 from prompt_diffusion.evaluation.rmse import ImageArray, compute_rmse
 from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.store.fingerprint import StageIdentity, StageInput
-from prompt_diffusion.store.manifest import ManifestRef, open_manifest, seal_manifest, write_file
+from prompt_diffusion.store.manifest import ManifestRef, open_manifest
+from prompt_diffusion.store.sealing import seal_manifest, write_file
 from prompt_diffusion.store.stage import Context, Stage
 from prompt_diffusion.vision_tasks import find_vision_task
 

@@ -12,7 +12,8 @@ from prompt_diffusion.evaluation.in_context import NONE, InContextResult
 from prompt_diffusion.evaluation.trivial import TrivialResult
 from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.store.manifest import MANIFEST_NAME, open_manifest
-from prompt_diffusion.store.storage import join_uri, list_files
+from prompt_diffusion.store.storage import list_files
+from prompt_diffusion.store.uris import join_uri
 from prompt_diffusion.vision_tasks import VISION_TASKS
 
 STAGE: Final = "benchmark"

@@ -12,7 +12,8 @@ from pathlib import Path
 from prompt_diffusion.model.references import FILES, fetch_repository, is_hub_reference
 from prompt_diffusion.store.digest import digest_file
 from prompt_diffusion.store.fingerprint import compute_digest
-from prompt_diffusion.store.storage import join_uri, local_path, open_input, read_bytes, write_bytes, write_from
+from prompt_diffusion.store.storage import open_input, read_bytes, write_bytes, write_from
+from prompt_diffusion.store.uris import join_uri, local_path
 
 logger = logging.getLogger(__name__)
 

@@ -22,16 +22,10 @@ from prompt_diffusion.pretraining.latents import (
     read_latents,
 )
 from prompt_diffusion.store.fingerprint import StageIdentity, StageInput
-from prompt_diffusion.store.manifest import (
-    ManifestRef,
-    find_sealed,
-    open_manifest,
-    seal_manifest,
-    write_file,
-    write_folder,
-)
+from prompt_diffusion.store.manifest import ManifestRef, find_sealed, open_manifest
+from prompt_diffusion.store.sealing import seal_manifest, write_file, write_folder
 from prompt_diffusion.store.stage import Context, Stage
-from prompt_diffusion.store.storage import join_uri
+from prompt_diffusion.store.uris import join_uri
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

@@ -5,13 +5,8 @@ Nothing in an artifact is ever executed: a model is safetensors and JSON, checke
 
 from prompt_diffusion.registry.download import fetch, load
 from prompt_diffusion.registry.facts import ModelFacts
-from prompt_diffusion.registry.registration import (
-    describe_registration,
-    record_evaluation,
-    record_metrics,
-    register_folder,
-    register_model,
-)
+from prompt_diffusion.registry.measurements import record_evaluation, record_metrics
+from prompt_diffusion.registry.registration import describe_registration, register_folder, register_model
 from prompt_diffusion.registry.versions import (
     CHALLENGER,
     CHAMPION,

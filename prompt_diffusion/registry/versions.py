@@ -132,7 +132,7 @@ def find_version(client: "MlflowClient", reference: str) -> "ModelVersion":
 
 
 def find_location(client: "MlflowClient", version: "ModelVersion") -> str:
-    """Return a version's artifact location, also for a copy, whose `source` names a version that may be gone or renamed."""
+    """Return a version's artifact location, also for a copy, whose ``source`` names a version that may be gone or renamed."""
     location: str = client.get_model_version_download_uri(version.name, version.version)
     return location.rstrip("/")
 

@@ -9,7 +9,7 @@ from pydantic import Field, JsonValue, StringConstraints, field_validator, model
 
 from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.store.records import ManifestRef
-from prompt_diffusion.store.storage import join_uri
+from prompt_diffusion.store.uris import join_uri
 
 IDENTITY_VERSION = 2
 """Bumped when the form of all identities changes, and every fingerprint with it.

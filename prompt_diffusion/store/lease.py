@@ -20,15 +20,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from prompt_diffusion.store.retries import describe_error
-from prompt_diffusion.store.storage import (
-    create_bytes,
-    delete_file,
-    exists,
-    join_uri,
-    list_files,
-    read_bytes,
-    write_bytes,
-)
+from prompt_diffusion.store.storage import create_bytes, delete_file, exists, list_files, read_bytes, write_bytes
+from prompt_diffusion.store.uris import join_uri
 
 logger = logging.getLogger(__name__)
 

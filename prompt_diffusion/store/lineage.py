@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from prompt_diffusion.store.fingerprint import StageInput
 from prompt_diffusion.store.manifest import Manifest, UnsealedError, open_manifest
-from prompt_diffusion.store.storage import join_uri
+from prompt_diffusion.store.uris import join_uri
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,8 +61,8 @@ def ask_store(uri: str, verb: str, call: Callable[[], _Answer], *, failures: _Er
                 logger.warning("cannot %s %s: %s: tried again", verb, uri, describe_error(error))
                 _pause(attempt)
                 continue
-            kind = PermissionError if is_denied(error) else StoreError
-            kind = next((kind for kind in _KINDS if isinstance(error, kind)), kind)
+            other = PermissionError if is_denied(error) else StoreError
+            kind = next((kind for kind in _KINDS if isinstance(error, kind)), other)
             raise kind(f"cannot {verb} {uri}: {describe_error(error)}") from error
     raise AssertionError("the last try returns or raises")
 

@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 from prompt_diffusion.store.codec import METADATA_KEY, open_parquet
 from prompt_diffusion.store.concurrency import map_ahead
 from prompt_diffusion.store.fingerprint import StageIdentity, write_canonical_json
-from prompt_diffusion.store.manifest import describe_file, seal_manifest
 from prompt_diffusion.store.records import MadeShard, ManifestRef, OnProgress, Reject, ShardProgress
-from prompt_diffusion.store.storage import create_bytes, join_uri, read_bytes, write_bytes
+from prompt_diffusion.store.sealing import describe_file, seal_manifest
+from prompt_diffusion.store.storage import create_bytes, read_bytes, write_bytes
+from prompt_diffusion.store.uris import join_uri
 
 logger = logging.getLogger(__name__)
 

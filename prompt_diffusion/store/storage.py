@@ -1,8 +1,7 @@
-"""Where bytes live: one set of functions for a folder and for S3; the only module that imports fsspec and s3fs.
+"""Where bytes live: one set of functions for a folder and for S3.
 
-A URI is a ``str``: a local path, ``file://...`` or ``s3://bucket/key``. Any other scheme that fsspec knows (``hf://``,
-``https://``) can be read and listed, never written. S3 finds its endpoint and keys in the standard AWS variables
-(``AWS_ENDPOINT_URL``). A store that fails is retried as ``retries.py`` says, then StoreError names the URI and the reason.
+Any other scheme that fsspec knows (``hf://``, ``https://``) can be read and listed, never written. A store that fails is
+retried (``retries.py``), then StoreError names the URI and the reason.
 """
 
 import logging
@@ -10,43 +9,18 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
-
-import fsspec
+from typing import Any, BinaryIO, cast
 
 from prompt_diffusion.store.local_files import TEMPORARY_SUFFIX, list_folder, temporary_file
-from prompt_diffusion.store.retries import (
-    StoreError,
-    ask_store,
-    build_client_config,
-    describe_error,
-    upload_until_stored,
-)
+from prompt_diffusion.store.remote import ask, check_bucket, open_remote, open_remote_file, open_s3, upload
+from prompt_diffusion.store.retries import StoreError, describe_error
+from prompt_diffusion.store.uris import join_uri, local_path
 
 logger = logging.getLogger(__name__)
-
-_Answer = TypeVar("_Answer")
-
-_MARK_NAME = "upload"
-
-
-def join_uri(root: str, *parts: str) -> str:
-    """Return ``root`` and the parts joined by single slashes."""
-    scheme, separator, rest = root.rpartition("://")
-    absolute = "/" if rest.startswith("/") else ""
-    stripped = (part.strip("/") for part in (rest, *parts))
-    return scheme + separator + absolute + "/".join(part for part in stripped if part)
-
-
-def local_path(uri: str) -> Path | None:
-    """Return the path of a local URI, None for a remote one."""
-    if uri.startswith("file://"):
-        return Path(uri.removeprefix("file://"))
-    return None if "://" in uri else Path(uri).expanduser()
 
 
 def exists(uri: str) -> bool:
@@ -54,9 +28,9 @@ def exists(uri: str) -> bool:
     path = local_path(uri)
     if path is not None:
         return path.exists()
-    filesystem, key = _open_remote(uri)
+    filesystem, key = open_remote(uri)
     try:
-        _ask(uri, "look up", lambda: filesystem.info(key))
+        ask(uri, "look up", lambda: filesystem.info(key))
     except FileNotFoundError:
         return False
     return True
@@ -93,12 +67,12 @@ def list_facts(uri: str) -> dict[str, FileFacts]:
     if path is not None:
         found = {name: FileFacts(size) for name, size in list_folder(path).items()}
     else:
-        filesystem, key = _open_remote(uri)
+        filesystem, key = open_remote(uri)
         folder = filesystem._strip_protocol(key).rstrip("/") + "/"
         # A key that ends in a slash is a folder marker of a web console, not a file of ours.
         found = {
             name.removeprefix(folder): _read_facts(uri, entry)
-            for name, entry in _ask(uri, "list", lambda: filesystem.find(key, detail=True)).items()
+            for name, entry in ask(uri, "list", lambda: filesystem.find(key, detail=True)).items()
             if name.startswith(folder) and not name.endswith("/")
         }
     return {name: found[name] for name in sorted(found) if not name.endswith(TEMPORARY_SUFFIX)}
@@ -113,18 +87,12 @@ def find_facts(uri: str) -> FileFacts | None:
         except (OSError, ValueError):
             return None
         return FileFacts(status.st_size) if stat.S_ISREG(status.st_mode) else None
-    filesystem, key = _open_remote(uri)
+    filesystem, key = open_remote(uri)
     try:
-        entry = _ask(uri, "look up", lambda: filesystem.info(key))
+        entry = ask(uri, "look up", lambda: filesystem.info(key))
     except FileNotFoundError:
         return None
     return _read_facts(uri, entry) if entry["type"] == "file" else None
-
-
-def _read_facts(uri: str, entry: dict[str, Any]) -> FileFacts:
-    tag = str(entry.get("ETag", "")).strip('"')
-    has_md5 = uri.startswith("s3://") and re.fullmatch("[0-9a-f]{32}", tag)
-    return FileFacts(None if entry["size"] is None else int(entry["size"]), tag if has_md5 else None)
 
 
 def list_files(uri: str) -> list[str]:
@@ -138,8 +106,8 @@ def read_bytes(uri: str) -> bytes:
     try:
         if path is not None:
             return path.read_bytes()
-        filesystem, key = _open_remote(uri)
-        return bytes(_ask(uri, "read", lambda: filesystem.cat_file(key)))
+        filesystem, key = open_remote(uri)
+        return bytes(ask(uri, "read", lambda: filesystem.cat_file(key)))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no file {uri}") from error
 
@@ -149,7 +117,7 @@ def open_input(uri: str) -> Iterator[BinaryIO]:
     """Open a file for seekable reading, as ``pyarrow.parquet.ParquetFile`` needs it; FileNotFoundError names the URI."""
     path = local_path(uri)
     try:
-        file = path.open("rb") if path is not None else _open_remote_file(uri)
+        file = path.open("rb") if path is not None else open_remote_file(uri)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no file {uri}") from error
     with file:
@@ -160,7 +128,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     """Write a file atomically, replacing what was there; OSError where the store then holds something else."""
     path = local_path(uri)
     if path is None:
-        _upload(uri, len(data), lambda filesystem, key, options: filesystem.pipe_file(key, data, **options))
+        upload(uri, len(data), lambda filesystem, key, options: filesystem.pipe_file(key, data, **options))
     else:
         with temporary_file(path, data) as temporary:
             temporary.replace(path)
@@ -171,7 +139,7 @@ def write_from(uri: str, source: Path) -> None:
     path = local_path(uri)
     if path is None:
         num_bytes = source.stat().st_size
-        _upload(uri, num_bytes, lambda filesystem, key, options: filesystem.put_file(str(source), key, **options))
+        upload(uri, num_bytes, lambda filesystem, key, options: filesystem.put_file(str(source), key, **options))
     else:
         with temporary_file(path, source) as temporary:
             temporary.replace(path)
@@ -184,7 +152,7 @@ def create_bytes(uri: str, data: bytes) -> bool:
     """
     path = local_path(uri)
     if path is None:
-        return _upload(
+        return upload(
             uri, len(data), lambda filesystem, key, options: filesystem.pipe_file(key, data, mode="create", **options)
         )
     with temporary_file(path, data) as temporary:
@@ -197,6 +165,16 @@ def create_bytes(uri: str, data: bytes) -> bool:
     return True
 
 
+def delete_file(uri: str) -> None:
+    """Delete a file; nothing happens where there is none."""
+    path = local_path(uri)
+    if path is not None:
+        path.unlink(missing_ok=True)
+    elif exists(uri):
+        filesystem, key = open_s3(uri)
+        ask(uri, "delete", lambda: filesystem.rm_file(key))
+
+
 def delete_folder(uri: str) -> None:
     """Delete a folder and all below it; nothing happens where there is none."""
     path = local_path(uri)
@@ -205,12 +183,12 @@ def delete_folder(uri: str) -> None:
         if path.exists():
             shutil.rmtree(path)
         return
-    filesystem, key = _open_s3(uri)
+    filesystem, key = open_s3(uri)
     # s3fs would delete the bucket itself with its last key.
     assert "/" in key, f"{uri} is a bucket, not a folder in one"
     names = [f"{key}/{name}" for name in list_files(uri)]
     if names:
-        _ask(uri, "delete", lambda: filesystem.rm(names))
+        ask(uri, "delete", lambda: filesystem.rm(names))
         # S3 says 200 to a bulk delete that failed for some keys, and s3fs does not look.
         left = {f"{key}/{name}" for name in list_files(uri)} & set(names)
         if left:
@@ -222,7 +200,7 @@ def check_writable(root: str) -> None:
     probe = join_uri(root, f".probe-{uuid.uuid4().hex}")
     try:
         if local_path(root) is None:
-            _check_bucket(root)
+            check_bucket(root)
         created = create_bytes(probe, b"probe")
         created_again = create_bytes(probe, b"probe")
         delete_file(probe)
@@ -234,96 +212,7 @@ def check_writable(root: str) -> None:
         logger.warning("the store %s ignores conditional writes: two runs that end at once may both seal", root)
 
 
-def _open_remote(uri: str) -> tuple[Any, str]:
-    """Return fsspec's file system of a remote URI, and the path in it; ValueError where the scheme's package is missing."""
-    try:
-        if uri.startswith("s3://"):
-            return _open_s3(uri)
-        filesystem, key = fsspec.core.url_to_fs(uri)
-    except ImportError as error:
-        raise ValueError(f"cannot read {uri}: {describe_error(error)}") from error
-    except ValueError as error:  # an unknown scheme, which fsspec names without the address
-        raise ValueError(str(error) if uri in str(error) else f"cannot read {uri}: {error}") from error
-    return filesystem, str(key)
-
-
-def _open_s3(uri: str) -> tuple[Any, str]:
-    """Return the S3 file system and ``bucket/key``; ValueError for any other scheme, since only these two are written."""
-    key = uri.removeprefix("s3://").strip("/")
-    if not uri.startswith("s3://") or not key:
-        raise ValueError(f"cannot write to {uri}: a store is a folder or s3://bucket/prefix")
-    # Listings must not be remembered: other processes write here too.
-    filesystem = fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=build_client_config())
-    # Its own retries would multiply botocore's: 5 times as many requests before a write fails, 25 times for a read.
-    filesystem.retries = 1
-    return filesystem, key
-
-
-def _open_remote_file(uri: str) -> Any:  # noqa: ANN401
-    """Return an open file of a remote URI; on S3 each range is read with the same retries as a whole file."""
-    filesystem, key = _open_remote(uri)
-    file = _ask(uri, "read", lambda: filesystem.open(key, "rb"))
-    if uri.startswith("s3://"):
-        fetch = file.cache.fetcher
-        file.cache.fetcher = lambda start, end: _ask(uri, "read", lambda: fetch(start, end))
-    return file
-
-
-def _upload(uri: str, num_bytes: int, send: Callable[[Any, str, dict[str, Any]], object]) -> bool:
-    """Send an object until it is there; False where ``send`` is a create and another object is there."""
-    filesystem, key = _open_s3(uri)
-    bucket, _, name = key.partition("/")
-
-    def send_marked(mark: str) -> None:
-        _ask(uri, "write", lambda: send(filesystem, key, {"Metadata": {_MARK_NAME: mark}}))
-
-    def look() -> tuple[int, str | None] | None:
-        try:
-            head = _ask(uri, "look up", lambda: filesystem.call_s3("head_object", Bucket=bucket, Key=name))
-        except FileNotFoundError:
-            return None
-        return int(head["ContentLength"]), head.get("Metadata", {}).get(_MARK_NAME)
-
-    return upload_until_stored(uri, num_bytes, send_marked, look)
-
-
-def _check_bucket(uri: str) -> None:
-    """Raise OSError if the bucket does not exist: some servers create an unknown one on the first write to it."""
-    filesystem, key = _open_s3(uri)
-    bucket = key.split("/")[0]
-    try:
-        _ask(f"s3://{bucket}", "look up", lambda: filesystem.info(bucket))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no bucket {bucket!r}") from None
-
-
-def delete_file(uri: str) -> None:
-    """Delete a file; nothing happens where there is none."""
-    path = local_path(uri)
-    if path is not None:
-        path.unlink(missing_ok=True)
-    elif exists(uri):
-        filesystem, key = _open_s3(uri)
-        _ask(uri, "delete", lambda: filesystem.rm_file(key))
-
-
-def _ask(uri: str, verb: str, call: Callable[[], _Answer]) -> _Answer:
-    """Return what ``call`` gets from a remote store; StoreError ``cannot {verb} {uri}: ...`` once patience ends."""
-    if not uri.startswith("s3://"):  # each of fsspec's file systems fails in its own ways
-        return ask_store(uri, verb, call, failures=(Exception,), broken=())
-    try:
-        from aiobotocore.response import AioReadTimeoutError  # type: ignore[import-untyped]
-        from aiohttp import ClientError, ClientPayloadError
-        from botocore.exceptions import (  # type: ignore[import-untyped]
-            BotoCoreError,
-            IncompleteReadError,
-            ResponseStreamingError,
-        )
-        from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
-    except ModuleNotFoundError:  # without the extra 's3'
-        return ask_store(uri, verb, call, failures=(OSError,), broken=())
-    # No answer at all is not among the broken ones: the client has waited for it more than once already.
-    broken = (AioReadTimeoutError, ClientPayloadError, IncompleteReadError, ResponseStreamingError, ResponseParserError)
-    return ask_store(
-        uri, verb, call, failures=(OSError, BotoCoreError, ClientError, ResponseParserError), broken=broken
-    )
+def _read_facts(uri: str, entry: dict[str, Any]) -> FileFacts:
+    tag = str(entry.get("ETag", "")).strip('"')
+    has_md5 = uri.startswith("s3://") and re.fullmatch("[0-9a-f]{32}", tag)
+    return FileFacts(None if entry["size"] is None else int(entry["size"]), tag if has_md5 else None)

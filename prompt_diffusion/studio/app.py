@@ -16,7 +16,7 @@ KEEP_FILES_SECONDS = 24 * 3600
 
 
 def build_page(actions: Actions, samples: Path, first_model: str, takes_folders: bool) -> gr.Blocks:
-    """Return the page; sample images are written to the folder `samples`."""
+    """Return the page; sample images are written to the folder ``samples``."""
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, KEEP_FILES_SECONDS)) as page:
         with gr.Row(elem_id="head"):
             with gr.Column(scale=6):

@@ -10,7 +10,7 @@ from prompt_diffusion.annotators.table import build_annotator, find_annotator
 from prompt_diffusion.data.transforms import decode_image, encode_png
 from prompt_diffusion.image_files import open_image
 from prompt_diffusion.settings import Settings
-from prompt_diffusion.store.storage import join_uri
+from prompt_diffusion.store.uris import join_uri
 from prompt_diffusion.vision_tasks import OTHER_VISION_TASKS, VISION_TASKS
 
 

@@ -38,7 +38,7 @@ def connect_run(
     result: ResultView,
     actions: Actions,
 ) -> None:
-    """Make the events in `start` run an action in its turn, and the Stop button end it."""
+    """Make the events in ``start`` run an action in its turn, and the Stop button end it."""
     running = gr.on(
         list(start),
         action,

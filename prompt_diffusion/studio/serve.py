@@ -45,7 +45,7 @@ def serve(
     password: str | None,
     on_ready: Callable[[str], None],
 ) -> None:
-    """Serve the page until it is interrupted; `on_ready` gets its address.
+    """Serve the page until it is interrupted; ``on_ready`` gets its address.
 
     ValueError if the port cannot be used, or the registry has no such model. A SIGTERM ends it like an interrupt.
     """

@@ -57,19 +57,7 @@ def build_command(spec_uri: str, resources: TrainResources) -> list[str]:
 
 def run_command(command: list[str], resources: TrainResources, on_event: OnEvent) -> ManifestRef | None:
     """Run the command, pass its events on, and return what it sealed; an interrupt lets the training save first."""
-    # What a batch system or an outer torchrun left there is not ours: torchrun sets its own for its processes.
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in _TORCHRUN_VARIABLES and not name.startswith("TORCHELASTIC_")
-    }
-    environment = inherited | {
-        "OMP_NUM_THREADS": str(resources.threads_per_process),
-        "OMP_WAIT_POLICY": "PASSIVE",  # a thread that waits sleeps: spinning costs far more where the machine is shared
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "PYTHONSAFEPATH": "1",  # nothing is imported from the current folder, such as a user's own random.py
-        LAUNCHER_VARIABLE: str(os.getpid()),
-    }
+    environment = _build_environment(resources)
     model: ManifestRef | None = None
     # A session of its own: a terminal's Ctrl-C is for this process, which passes it on once, to the right one.
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
@@ -100,6 +88,23 @@ def run_command(command: list[str], resources: TrainResources, on_event: OnEvent
     if code not in (0, STOPPED_EXIT_CODE):
         raise TrainingStoppedError(f"the training process ended with exit code {code}; its last checkpoint is whole")
     return None
+
+
+def _build_environment(resources: TrainResources) -> dict[str, str]:
+    """Return the variables of a training's processes: what this process has, and the training's own."""
+    # What a batch system or an outer torchrun left there is not ours: torchrun sets its own for its processes.
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _TORCHRUN_VARIABLES and not name.startswith("TORCHELASTIC_")
+    }
+    return inherited | {
+        "OMP_NUM_THREADS": str(resources.threads_per_process),
+        "OMP_WAIT_POLICY": "PASSIVE",  # a thread that waits sleeps: spinning costs far more where the machine is shared
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "PYTHONSAFEPATH": "1",  # nothing is imported from the current folder, such as a user's own random.py
+        LAUNCHER_VARIABLE: str(os.getpid()),
+    }
 
 
 def _stop(process: subprocess.Popen[str]) -> None:

@@ -16,7 +16,7 @@ from prompt_diffusion.data.transforms import decode_image
 from prompt_diffusion.device import name_device, refuse
 from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.store.manifest import Manifest, StoredFile, open_manifest
-from prompt_diffusion.store.storage import join_uri
+from prompt_diffusion.store.uris import join_uri
 from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.inputs import TrainInputs
 

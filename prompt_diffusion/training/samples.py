@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from prompt_diffusion.data.cached_shard import Array
 from prompt_diffusion.data.dataset import InContextData, check_aligned, check_made_of
 from prompt_diffusion.data.records import Split
 from prompt_diffusion.data.sampler import GroupOrder, Order, RowOrder, sample_generator
-from prompt_diffusion.data.shard_cache import Array, ShardCache
+from prompt_diffusion.data.shard_cache import ShardCache
 from prompt_diffusion.engine.noise import draw_timestep
 from prompt_diffusion.store.manifest import Manifest, open_manifest
 from prompt_diffusion.training.config import TrainConfig

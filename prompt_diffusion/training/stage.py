@@ -12,7 +12,8 @@ from prompt_diffusion.model.references import base_digest, controlnet_digest
 from prompt_diffusion.store.fingerprint import StageIdentity, StageInput, compute_digest
 from prompt_diffusion.store.records import ManifestRef
 from prompt_diffusion.store.stage import Context, Stage
-from prompt_diffusion.store.storage import join_uri, local_path, write_bytes
+from prompt_diffusion.store.storage import write_bytes
+from prompt_diffusion.store.uris import join_uri, local_path
 from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.inputs import TrainInputs
 from prompt_diffusion.training.launch import TrainingStoppedError, build_command, run_command

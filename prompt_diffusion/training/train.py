@@ -30,14 +30,9 @@ from prompt_diffusion.model.controlnet import (
 from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
 from prompt_diffusion.model.references import PIPELINE_FOLDER, controlnet_folder
 from prompt_diffusion.store.fingerprint import StageIdentity
-from prompt_diffusion.store.manifest import (
-    ManifestRef,
-    find_sealed,
-    seal_manifest,
-    write_file,
-    write_folder,
-)
-from prompt_diffusion.store.storage import join_uri
+from prompt_diffusion.store.manifest import ManifestRef, find_sealed
+from prompt_diffusion.store.sealing import seal_manifest, write_file, write_folder
+from prompt_diffusion.store.uris import join_uri
 from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.loss import InContextObjective, check_recipe
 from prompt_diffusion.training.preflight import check_base

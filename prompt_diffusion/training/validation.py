@@ -8,7 +8,8 @@ from prompt_diffusion.engine.events import GridEvent, OnEvent
 from prompt_diffusion.model.base import Base
 from prompt_diffusion.model.controlnet import PromptDiffusionControlNet
 from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
-from prompt_diffusion.store.storage import join_uri, write_bytes
+from prompt_diffusion.store.storage import write_bytes
+from prompt_diffusion.store.uris import join_uri
 from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.grid import render_validation_grid
 from prompt_diffusion.training.loss import InContextObjective

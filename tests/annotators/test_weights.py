@@ -24,7 +24,8 @@ from prompt_diffusion.annotators.weights import (
     read_weights,
 )
 from prompt_diffusion.store.fingerprint import compute_digest
-from prompt_diffusion.store.storage import join_uri, write_bytes
+from prompt_diffusion.store.storage import write_bytes
+from prompt_diffusion.store.uris import join_uri
 
 NOWHERE = AnnotateResources()
 CONTENT = b"weights of a package"

@@ -27,7 +27,7 @@ def run(*arguments):
 
 @pytest.fixture
 def arguments(tiny_pipeline, scene_files, tmp_path):
-    """The arguments of a `generate` that works, by option."""
+    """The arguments of a ``generate`` that works, by option."""
     return {
         "--model": [tiny_pipeline],
         "--example": [scene_files["source"], scene_files["target"]],

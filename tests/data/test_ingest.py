@@ -21,7 +21,8 @@ from prompt_diffusion.store.manifest import find_sealed, open_manifest
 from prompt_diffusion.store.records import ShardProgress
 from prompt_diffusion.store.retries import StoreError
 from prompt_diffusion.store.stage import Context, obtain
-from prompt_diffusion.store.storage import join_uri, list_sizes, write_bytes
+from prompt_diffusion.store.storage import list_sizes, write_bytes
+from prompt_diffusion.store.uris import join_uri
 from tests.data.sources.export import write_instruct_pix2pix_folder, write_instruct_pix2pix_parquet
 from tests.store.fault_proxy import serve_fault_proxy
 

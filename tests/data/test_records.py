@@ -58,7 +58,7 @@ def test_the_metadata_declares_every_column_to_hugging_face(schema: pa.Schema) -
 
 
 def test_nested_features_stand_in_the_order_of_their_fields() -> None:
-    """Hugging Face `datasets` ignores the features of a column whose field order differs: its images become bytes."""
+    """Hugging Face ``datasets`` ignores the features of a column whose field order differs: its images become bytes."""
     features = json.loads(IMAGE_PAIR_SCHEMA.metadata[b"huggingface"])["info"]["features"]["exact_maps"]
     assert features["_type"] == "List"
     assert list(features["feature"]) == [field.name for field in IMAGE_PAIR_SCHEMA.field("exact_maps").type.value_type]

@@ -104,7 +104,8 @@ def test_an_entry_that_another_process_deleted_is_fetched_again(manifest, tmp_pa
 
 
 def test_a_damaged_shard_is_refused_and_leaves_nothing(manifest, tmp_path):
-    from prompt_diffusion.store.storage import join_uri, read_bytes, write_bytes
+    from prompt_diffusion.store.storage import read_bytes, write_bytes
+    from prompt_diffusion.store.uris import join_uri
 
     uri = join_uri(manifest.ref.uri, manifest.shards[2].path)
     data = bytearray(read_bytes(uri))

@@ -48,7 +48,7 @@ def make_16_bit(values: list[int]) -> bytes:
 def make_png(size: tuple[int, int], depth: int, color_type: int, rows: Iterable[bytes], **chunks: bytes) -> bytes:
     """Write a PNG by hand, as the format's specification says: Pillow reads more kinds than it writes.
 
-    Colour types: 0 grey, 2 RGB, 3 palette, 4 grey with alpha, 6 RGBA. `chunks` stand between header and pixels.
+    Colour types: 0 grey, 2 RGB, 3 palette, 4 grey with alpha, 6 RGBA. ``chunks`` stand between header and pixels.
     """
     packer = zlib.compressobj(1)
     pixels = b"".join([packer.compress(b"\0" + row) for row in rows] + [packer.flush()])

@@ -12,7 +12,7 @@ from prompt_diffusion.engine.config import OptimizerConfig, TrainResources
 from prompt_diffusion.engine.distributed import SINGLE_PROCESS
 from prompt_diffusion.engine.loop import run_loop
 from prompt_diffusion.engine.objective import LoopPlan
-from prompt_diffusion.store.storage import join_uri
+from prompt_diffusion.store.uris import join_uri
 
 BATCH_SIZE = 8
 

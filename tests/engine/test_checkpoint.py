@@ -24,6 +24,7 @@ from prompt_diffusion.engine.checkpoint_writer import CheckpointWriter
 from prompt_diffusion.engine.config import OptimizerConfig, TrainResources
 from prompt_diffusion.engine.optimizer import build_optimizers
 from prompt_diffusion.store import storage
+from prompt_diffusion.store.uris import join_uri
 from tests.engine.objectives import Line, run_line
 
 NUM_STEPS = 6
@@ -100,8 +101,8 @@ def write_run(folder: str, steps: range, validations: dict[int, float]) -> Train
 @pytest.mark.parametrize("store", ["folder", "s3"])
 def test_a_run_leaves_whole_checkpoints_of_the_steps_that_are_kept_and_nothing_else(store, tmp_path, request):
     root = str(tmp_path) if store == "folder" else request.getfixturevalue("s3_store")
-    folder = storage.join_uri(root, "checkpoints")
-    storage.write_bytes(storage.join_uri(folder, "step-00000003", "weights.safetensors"), b"what a killed run left")
+    folder = join_uri(root, "checkpoints")
+    storage.write_bytes(join_uri(folder, "step-00000003", "weights.safetensors"), b"what a killed run left")
     state = write_run(folder, range(4, 13), {6: 1.0, 8: 2.0})
     names = [f"step-{step:08d}" for step in (4, 6, 9, 11, 12)]
     assert list_checkpoints(folder) == names
@@ -110,7 +111,7 @@ def test_a_run_leaves_whole_checkpoints_of_the_steps_that_are_kept_and_nothing_e
     assert model.restore(folder) == state
     assert torch.equal(model.parameters["bias"], torch.full((4,), 12.0))
     # the newest is damaged: the one before counts
-    storage.write_bytes(storage.join_uri(folder, names[-1], "optimizer.safetensors"), b"other bytes")
+    storage.write_bytes(join_uri(folder, names[-1], "optimizer.safetensors"), b"other bytes")
     assert model.restore(folder).step == 11
 
 

@@ -13,7 +13,7 @@ from prompt_diffusion.engine.distributed import SINGLE_PROCESS, World
 from prompt_diffusion.engine.loop import choose_micro_batch_size, run_loop
 from prompt_diffusion.engine.objective import LoopPlan
 from prompt_diffusion.engine.stopping import Stopped
-from prompt_diffusion.store.storage import join_uri
+from prompt_diffusion.store.uris import join_uri
 from tests.engine.objectives import BATCH_SIZE, Parabola, plan_loop, signal_at, stop_at, train
 
 

@@ -21,7 +21,8 @@ from prompt_diffusion.model.base import load_base
 from prompt_diffusion.model.controlnet import PromptDiffusionControlNet
 from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
 from prompt_diffusion.store.fingerprint import StageIdentity
-from prompt_diffusion.store.manifest import ManifestRef, seal_manifest, write_file, write_folder
+from prompt_diffusion.store.manifest import ManifestRef
+from prompt_diffusion.store.sealing import seal_manifest, write_file, write_folder
 from prompt_diffusion.store.stage import Context, obtain
 from prompt_diffusion.vision_tasks import VISION_TASKS
 

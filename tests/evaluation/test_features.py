@@ -3,11 +3,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from skimage import data
 
 from prompt_diffusion.evaluation import features
-from prompt_diffusion.evaluation.features import INCEPTION_FILE, build_extractor, resolve_extractor
+from prompt_diffusion.evaluation.features import (
+    INCEPTION_FILE,
+    ExtractorName,
+    Inception,
+    build_extractor,
+    resolve_extractor,
+)
 
 
 def read_photo(name: str, side: int) -> np.ndarray:
@@ -69,3 +76,18 @@ def test_auto_says_what_it_chose(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 def test_an_explicit_choice_is_kept(tmp_path: Path) -> None:
     assert resolve_extractor("inception", tmp_path) == "inception"
     assert resolve_extractor("efficientnet_lite0", tmp_path) == "efficientnet_lite0"
+
+
+@pytest.mark.parametrize(("name", "side"), [("inception", 299), ("inception_legacy", 24)])
+def test_the_legacy_extractor_leaves_the_resizing_to_the_network(name: ExtractorName, side: int) -> None:
+    class Means(torch.nn.Module):
+        """Stands where the weights would be: what reaches the network is what is tested."""
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            assert (images.shape[1:], images.dtype) == ((3, side, side), torch.float32)
+            return images.mean(dim=(1, 2, 3))[:, None].expand(-1, 2048)
+
+    images = np.random.default_rng(0).integers(0, 256, (5, 24, 24, 3), dtype=np.uint8)
+    features = Inception(Means(), name=name).extract(images)
+    assert features.shape == (5, 2048)
+    assert np.allclose(features[:, 0], images.mean(axis=(1, 2, 3)), atol=2.0)

@@ -20,7 +20,7 @@ from prompt_diffusion.evaluation.table import (
 )
 from prompt_diffusion.evaluation.trivial import TrivialResult
 from prompt_diffusion.store.fingerprint import StageIdentity
-from prompt_diffusion.store.manifest import seal_manifest, write_file
+from prompt_diffusion.store.sealing import seal_manifest, write_file
 from prompt_diffusion.vision_tasks import VISION_TASKS
 
 

@@ -1,11 +1,11 @@
-"""Kills the smoke run at random moments, over all of its stages, and looks at what is left: `make faults`.
+"""Kills the smoke run at random moments, over all of its stages, and looks at what is left: ``make faults``.
 
 One run is left alone: the reference. Then, in a folder of its own, the same command is started, killed by SIGKILL at a moment
 drawn from the seed, started again, and so on, until it ends before its kill; then a fresh folder is taken, until there were
 as many kills as asked for. Of each folder must hold: the sealed bytes are the reference's, the registry has one version, no run
 of MLflow is left running, no process outlives its launcher, and the store holds nothing but what is sealed.
 
-Run it alone: `python tests/faults/kill_loop.py --kills 18 --seed 3`. Its last line is one JSON object; it exits with 1 where
+Run it alone: ``python tests/faults/kill_loop.py --kills 18 --seed 3``. Its last line is one JSON object; it exits with 1 where
 something does not hold.
 """
 

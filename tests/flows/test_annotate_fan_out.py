@@ -22,7 +22,8 @@ from prompt_diffusion.model.controlnet import PromptDiffusionControlNet
 from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
 from prompt_diffusion.model.references import PIPELINE_FOLDER
 from prompt_diffusion.store.fingerprint import StageIdentity
-from prompt_diffusion.store.manifest import ManifestRef, open_manifest, seal_manifest, write_folder
+from prompt_diffusion.store.manifest import ManifestRef, open_manifest
+from prompt_diffusion.store.sealing import seal_manifest, write_folder
 from prompt_diffusion.store.storage import list_files
 from tasks.stages import borrow_device
 

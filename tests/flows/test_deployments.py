@@ -1,4 +1,4 @@
-"""What `docs/operations.md` tells an engineer to do, done: deploy this checkout, start a worker, run a deployment."""
+"""What ``docs/operations.md`` tells an engineer to do, done: deploy this checkout, start a worker, run a deployment."""
 
 import subprocess
 from collections.abc import Callable

@@ -141,7 +141,7 @@ def test_a_server_that_is_away_or_refuses_us_is_one_sentence(tmp_path: Path) -> 
 
 
 def test_a_users_own_modules_of_the_current_folder_are_not_taken_for_ours(tmp_path: Path) -> None:
-    """As the console script runs it: `-P` keeps the folder off this process's own path, too."""
+    """As the console script runs it: ``-P`` keeps the folder off this process's own path, too."""
     for name in ("flows", "tasks", "random"):
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('the module of the current folder was imported')\n")
     program = (

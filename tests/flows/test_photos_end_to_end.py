@@ -8,7 +8,7 @@ from prompt_diffusion.data.ingest import IngestConfig, build_source
 from prompt_diffusion.data.records import ImagePair
 from prompt_diffusion.data.sources.photos import PhotosConfig
 from prompt_diffusion.store.manifest import open_manifest
-from prompt_diffusion.store.storage import join_uri
+from prompt_diffusion.store.uris import join_uri
 from tests.data.sources.export import write_instruct_pix2pix_folder, write_instruct_pix2pix_parquet
 
 VISION_TASKS = ["hed_to_image", "image_to_hed", "canny_to_image", "image_to_canny"]

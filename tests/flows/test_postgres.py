@@ -1,4 +1,4 @@
-"""The dry fan-out of `benchmarks/fan_out.py` on a real Postgres: every part runs, nothing fails."""
+"""The dry fan-out of ``benchmarks/fan_out.py`` on a real Postgres: every part runs, nothing fails."""
 
 import json
 import subprocess

@@ -14,7 +14,8 @@ from prompt_diffusion.model.controlnet import PromptDiffusionControlNet
 from prompt_diffusion.model.mirror import find_model, mirror_base
 from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
 from prompt_diffusion.model.references import DEMO_BASE_FOLDER, PARTS, base_digest, controlnet_digest
-from prompt_diffusion.store.storage import join_uri, list_files, write_bytes
+from prompt_diffusion.store.storage import list_files, write_bytes
+from prompt_diffusion.store.uris import join_uri
 from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.stage import Train
 

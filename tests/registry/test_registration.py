@@ -28,7 +28,8 @@ from prompt_diffusion.registry import (
     set_alias,
 )
 from prompt_diffusion.registry.card import MAX_DESCRIPTION, render_card, render_description
-from prompt_diffusion.store.manifest import open_manifest, seal_manifest, write_file, write_folder
+from prompt_diffusion.store.manifest import open_manifest
+from prompt_diffusion.store.sealing import seal_manifest, write_file, write_folder
 
 FACTS = ModelFacts(
     title="A checkpoint",
@@ -215,10 +216,10 @@ def test_threads_that_register_the_same_folder_make_one_version(settings, pipeli
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
-from prompt_diffusion.registry import ModelFacts, register_folder, registration
+from prompt_diffusion.registry import ModelFacts, obtain, register_folder
 from prompt_diffusion.settings import Settings
 
-registration.upload = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+obtain.upload = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 settings = Settings(tracking_uri=sys.argv[2], cache_dir=sys.argv[3])
 register_folder(Path(sys.argv[1]), settings, name="killed", facts=ModelFacts(title="Half of it"))
 """

@@ -30,7 +30,7 @@ _STATUS_ANSWERS = {
 
 @dataclass
 class Rule:
-    """The next `count` requests of that method, to a path with query that has `part` in it, meet the fault."""
+    """The next ``count`` requests of that method, to a path with query that has ``part`` in it, meet the fault."""
 
     fault: Fault
     method: str
@@ -39,7 +39,7 @@ class Rule:
 
 
 class FaultProxy:
-    """The proxy's rules and its memory; `requests` are all that it got, as (method, path with query)."""
+    """The proxy's rules and its memory; ``requests`` are all that it got, as (method, path with query)."""
 
     def __init__(self, upstream: str) -> None:
         self.requests: list[tuple[str, str]] = []
@@ -50,7 +50,7 @@ class FaultProxy:
         self.is_closing = threading.Event()
 
     def add_fault(self, fault: Fault, method: str, part: str, count: int) -> None:
-        """Let the next `count` matching requests fail."""
+        """Let the next ``count`` matching requests fail."""
         self._rules.append(Rule(fault, method, part, count))
 
     def heal(self) -> None:
@@ -73,7 +73,7 @@ class FaultProxy:
 
 @contextmanager
 def serve_fault_proxy(upstream: str) -> Iterator[tuple[FaultProxy, str]]:
-    """Give a proxy before the URL `upstream`, and its own URL."""
+    """Give a proxy before the URL ``upstream``, and its own URL."""
     proxy = FaultProxy(upstream)
 
     class Handler(_Handler):
@@ -137,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
         upstream.close()
 
     def _answer(self, status: int, headers: dict[str, str], content: bytes, num_bytes: int | None = None) -> None:
-        """Send an answer, of its content the first `num_bytes` alone if that is given."""
+        """Send an answer, of its content the first ``num_bytes`` alone if that is given."""
         self.send_response_only(status)
         kept = {name: value for name, value in headers.items() if name.lower() not in _HOP_HEADERS}
         if self.command != "HEAD" or "Content-Length" not in kept:

@@ -1,7 +1,7 @@
-"""A stage as a program of its own that kills itself: `interrupted_stage.py ROOT NUM_SHARDS KILL_AFTER [KILL_DELAY]`.
+"""A stage as a program of its own that kills itself: ``interrupted_stage.py ROOT NUM_SHARDS KILL_AFTER [KILL_DELAY]``.
 
 Runs a sharded stage with rows drawn from the shard's index, and prints each index when it makes it. After KILL_AFTER
-shards it kills itself with SIGKILL, which no handler and no `finally` sees; never if that is negative. With KILL_DELAY it
+shards it kills itself with SIGKILL, which no handler and no ``finally`` sees; never if that is negative. With KILL_DELAY it
 does so that many seconds after it begins the first shard that is missing, and never comes to the end of the last.
 """
 

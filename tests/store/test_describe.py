@@ -10,7 +10,8 @@ from PIL import Image
 
 from prompt_diffusion.store.describe import describe_manifest, render_contact_sheet
 from prompt_diffusion.store.fingerprint import StageIdentity, StageInput
-from prompt_diffusion.store.manifest import Reject, UnsealedError, seal_manifest, write_file
+from prompt_diffusion.store.manifest import Reject, UnsealedError
+from prompt_diffusion.store.sealing import seal_manifest, write_file
 from prompt_diffusion.store.sharded import run_sharded_stage
 
 IDENTITY = StageIdentity(

@@ -27,13 +27,13 @@ from prompt_diffusion.store.storage import (
     check_writable,
     create_bytes,
     delete_folder,
-    join_uri,
     list_files,
     open_input,
     read_bytes,
     write_bytes,
     write_from,
 )
+from prompt_diffusion.store.uris import join_uri
 from tests.store.fault_proxy import Fault, FaultProxy, serve_fault_proxy
 
 IDENTITY = StageIdentity(stage="numbers", version=1, config={"rows": 10}, inputs=())

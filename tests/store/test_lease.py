@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from prompt_diffusion.store.lease import Lease, LeaseLostError
-from prompt_diffusion.store.storage import join_uri, list_files, read_bytes, write_bytes
+from prompt_diffusion.store.storage import list_files, read_bytes, write_bytes
+from prompt_diffusion.store.uris import join_uri
 
 NEVER = 10_000.0  # seconds of patience that no test waits for
 

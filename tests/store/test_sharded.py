@@ -22,7 +22,8 @@ from prompt_diffusion.store.fingerprint import StageIdentity
 from prompt_diffusion.store.manifest import MANIFEST_NAME, Reject, is_sealed, open_manifest
 from prompt_diffusion.store.records import ShardProgress
 from prompt_diffusion.store.sharded import ShardRows, encode_shard, make_shards, run_sharded_stage
-from prompt_diffusion.store.storage import join_uri, list_files, local_path, read_bytes, write_bytes
+from prompt_diffusion.store.storage import list_files, read_bytes, write_bytes
+from prompt_diffusion.store.uris import join_uri, local_path
 from tests.sharing import wait_until
 
 IDENTITY = StageIdentity(stage="numbers", version=1, config={"rows": 10}, inputs=())

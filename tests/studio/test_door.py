@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("gradio", reason="no studio: the package gradio is not installed")
 
 from prompt_diffusion.settings import Settings
-from prompt_diffusion.studio import door, limits
+from prompt_diffusion.studio import limits
 from prompt_diffusion.studio.door import Door, Rules
 from prompt_diffusion.studio.serve import choose_password, serve
 
@@ -170,8 +170,8 @@ def test_one_request_uploads_one_file_s_worth_and_says_how_much(visit):
 
 
 def test_all_uploads_together_are_bounded(visit, uploads, monkeypatch):
-    monkeypatch.setattr(door, "MAX_FOLDER_BYTES", 1000)
-    monkeypatch.setattr(door, "MAX_FILES", 3)
+    monkeypatch.setattr("prompt_diffusion.studio.uploads.MAX_FOLDER_BYTES", 1000)
+    monkeypatch.setattr("prompt_diffusion.studio.uploads.MAX_FILES", 3)
     assert visit("POST", "/gradio_api/upload", content=bytes(1000)).status_code == 200
     (uploads / "a").mkdir()
     (uploads / "a" / "one.png").write_bytes(bytes(600))

@@ -12,8 +12,9 @@ from ray.exceptions import RayTaskError, WorkerCrashedError
 
 from prompt_diffusion.engine.stopping import Stopped
 from prompt_diffusion.store.fingerprint import StageIdentity, StageInput
-from prompt_diffusion.store.manifest import DamagedDataError, ManifestRef, seal_manifest, write_file
+from prompt_diffusion.store.manifest import DamagedDataError, ManifestRef
 from prompt_diffusion.store.retries import StoreError
+from prompt_diffusion.store.sealing import seal_manifest, write_file
 from prompt_diffusion.store.stage import Context, Stage, obtain
 from prompt_diffusion.store.storage import delete_folder
 from prompt_diffusion.training.launch import TimeLimitError, TrainingStoppedError

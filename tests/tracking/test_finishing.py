@@ -10,7 +10,8 @@ import pytest
 from prompt_diffusion.engine.events import ValidationEvent
 from prompt_diffusion.settings import Settings
 from prompt_diffusion.store.fingerprint import StageIdentity
-from prompt_diffusion.store.manifest import ManifestRef, seal_manifest, write_file
+from prompt_diffusion.store.manifest import ManifestRef
+from prompt_diffusion.store.sealing import seal_manifest, write_file
 from prompt_diffusion.tracking import facts
 from prompt_diffusion.tracking.client import connect, find_or_create_run, find_run
 from prompt_diffusion.tracking.database import make_database

@@ -16,7 +16,8 @@ import pytest
 from prompt_diffusion.engine.events import GridEvent, HardwareEvent, LaunchEvent, StepEvent, ValidationEvent
 from prompt_diffusion.settings import Settings
 from prompt_diffusion.store.fingerprint import StageIdentity, StageInput
-from prompt_diffusion.store.manifest import ManifestRef, seal_manifest, write_file
+from prompt_diffusion.store.manifest import ManifestRef
+from prompt_diffusion.store.sealing import seal_manifest, write_file
 from prompt_diffusion.tracking.client import EXPERIMENT, check_tracking_uri, connect
 from prompt_diffusion.tracking.delivery import find_folder
 from prompt_diffusion.tracking.facts import find_revision, flatten

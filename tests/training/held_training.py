@@ -1,6 +1,6 @@
 """A real training that waits within its loop until a file is there, so that what a test does to it comes in time.
 
-`build_held_python` makes the program that a test puts in the place of `sys.executable`; torchrun and Ray are as ever.
+``build_held_python`` makes the program that a test puts in the place of ``sys.executable``; torchrun and Ray are as ever.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Stands in for python where it would train: what the launching process sees of a training, without torch.
 
-`build_stub` makes the program that a test puts in the place of `sys.executable`. torchrun is the real one and runs this file
-in place of a training. What a stub does is told by the variable STUB_TRAINING:
+``build_stub`` makes the program that a test puts in the place of ``sys.executable``. torchrun is the real one and runs this
+file in place of a training. What a stub does is told by the variable STUB_TRAINING:
 
 - ``steps``: tell a step again and again until SIGTERM, then write what was reached to ``saved-RANK`` (``began-RANK`` is there
   from the start) and leave as a training does;

@@ -1,6 +1,6 @@
 """The losses of the first 20 steps of the demo's recipe, committed: a change of the numbers must be meant and explained.
 
-To accept new ones: `python tests/training/test_trajectory.py`, and say in the commit why they moved.
+To accept new ones: ``python tests/training/test_trajectory.py``, and say in the commit why they moved.
 """
 
 import json

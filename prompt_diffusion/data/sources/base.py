@@ -14,7 +14,8 @@ from prompt_diffusion.data.transforms import WHITE_16_BIT, decode_image, encode_
 from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.store.manifest import Reject
 from prompt_diffusion.store.retries import describe_error, is_denied
-from prompt_diffusion.store.storage import exists, join_uri, local_path, read_bytes
+from prompt_diffusion.store.storage import exists, read_bytes
+from prompt_diffusion.store.uris import join_uri, local_path
 
 _NAME_BYTES = 1024  # S3's limit
 # What the operating system says of a name or of one file, not of the disk or the network.

@@ -8,15 +8,8 @@ from functools import lru_cache
 
 from prompt_diffusion.data.sources.base import is_name, locate, write_safely
 from prompt_diffusion.store.fingerprint import compute_digest, write_canonical_json
-from prompt_diffusion.store.storage import (
-    FileFacts,
-    find_facts,
-    join_uri,
-    list_facts,
-    local_path,
-    open_input,
-    read_bytes,
-)
+from prompt_diffusion.store.storage import FileFacts, find_facts, list_facts, open_input, read_bytes
+from prompt_diffusion.store.uris import join_uri, local_path
 
 HASHED_BYTES = 1 << 30
 """Sources up to this size are digested by content, larger ones by names and sizes: nobody reads 400 GB to look something up."""

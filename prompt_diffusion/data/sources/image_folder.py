@@ -33,7 +33,8 @@ from prompt_diffusion.data.sources.tables import TABLE_READERS, Table, TableRow,
 from prompt_diffusion.data.transforms import WHITE_16_BIT, Pixels, decode_image
 from prompt_diffusion.image_files import open_image
 from prompt_diffusion.store.manifest import Reject
-from prompt_diffusion.store.storage import exists, find_facts, join_uri, list_files, local_path, read_bytes
+from prompt_diffusion.store.storage import exists, find_facts, list_files, read_bytes
+from prompt_diffusion.store.uris import join_uri, local_path
 
 logger = logging.getLogger(__name__)
 

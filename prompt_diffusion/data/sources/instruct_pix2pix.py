@@ -27,7 +27,8 @@ from prompt_diffusion.data.sources.parquet_rows import ParquetRowsSource, find_p
 from prompt_diffusion.data.sources.tables import decode_text
 from prompt_diffusion.frozen import say_first_error
 from prompt_diffusion.store.manifest import Reject
-from prompt_diffusion.store.storage import exists, join_uri, local_path, read_bytes
+from prompt_diffusion.store.storage import exists, read_bytes
+from prompt_diffusion.store.uris import join_uri, local_path
 
 _SEEDS = TypeAdapter(list[tuple[str, list[int | str]]])
 

@@ -17,7 +17,8 @@ from prompt_diffusion.data.sources.digest import digest_files
 from prompt_diffusion.data.sources.tables import quote_names, read_cell, read_cells
 from prompt_diffusion.store.fingerprint import compute_digest, write_canonical_json
 from prompt_diffusion.store.manifest import Reject
-from prompt_diffusion.store.storage import join_uri, list_sizes, open_input
+from prompt_diffusion.store.storage import list_sizes, open_input
+from prompt_diffusion.store.uris import join_uri
 
 logger = logging.getLogger(__name__)
 

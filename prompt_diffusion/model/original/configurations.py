@@ -97,41 +97,22 @@ def layout_of(
 
     ValueError names, in one sentence, everything that the original layout cannot express.
     """
-    wrong = [
-        *_list_departures("UNet", unet, _UNET_FIXED),
-        *_list_departures("autoencoder", vae, _VAE_FIXED),
-        *_list_departures("text encoder", text, _TEXT_FIXED),
-        *_list_departures("scheduler", scheduler, _SCHEDULER_FIXED),
-    ]
-    channels = list(unet["block_out_channels"])
-    if any(width % channels[0] for width in channels):
-        wrong.append(f"the UNet's block_out_channels {channels} (multiples of the first)")
-    heads = unet.get("num_attention_heads") or unet["attention_head_dim"]
-    for name, value in (("heads", heads), ("layers_per_block", unet["layers_per_block"])):
-        if not isinstance(value, int):
-            wrong.append(f"the UNet's {name} {list(value)} (one number for all levels)")
-    if not isinstance(unet.get("transformer_layers_per_block", 1), int):
-        wrong.append("the UNet's transformer_layers_per_block (one number for all levels)")
-    mirrored = ["CrossAttn" in name for name in reversed(unet["up_block_types"])]
-    attention = ["CrossAttn" in name for name in unet["down_block_types"]]
-    if mirrored != attention:
-        wrong.append("the UNet's up_block_types (the mirror of its down_block_types)")
-    if stem_channels is not None and len(stem_channels) != NUM_STEM_STAGES:
-        wrong.append(f"stems of {len(stem_channels)} stages ({NUM_STEM_STAGES})")
+    wrong = _list_inexpressible(unet, vae, text, scheduler, stem_channels)
     if wrong:
         raise ValueError(f"the original layout cannot express {'; '.join(wrong)}; in brackets, what it can")
+    channels = list(unet["block_out_channels"])
     return OriginalLayout(
         UNetLayout(
             model_channels=channels[0],
             channel_mult=tuple(width // channels[0] for width in channels),
             num_res_blocks=unet["layers_per_block"],
-            attention=tuple(attention),
+            attention=tuple("CrossAttn" in name for name in unet["down_block_types"]),
             transformer_depth=unet.get("transformer_layers_per_block", 1),
             context_dim=unet["cross_attention_dim"],
             in_channels=unet["in_channels"],
             out_channels=unet["out_channels"],
             use_linear_in_transformer=unet.get("use_linear_projection", False),
-            num_heads=heads,
+            num_heads=_find_heads(unet),
         ),
         VAELayout(
             channels=tuple(vae["block_out_channels"]),
@@ -150,6 +131,37 @@ def layout_of(
         ),
         stem_channels,
     )
+
+
+def _list_inexpressible(
+    unet: Config, vae: Config, text: Config, scheduler: Config, stem_channels: tuple[int, ...] | None
+) -> list[str]:
+    """Return everything that the original layout cannot express, in brackets what it can."""
+    wrong = [
+        *_list_departures("UNet", unet, _UNET_FIXED),
+        *_list_departures("autoencoder", vae, _VAE_FIXED),
+        *_list_departures("text encoder", text, _TEXT_FIXED),
+        *_list_departures("scheduler", scheduler, _SCHEDULER_FIXED),
+    ]
+    channels = list(unet["block_out_channels"])
+    if any(width % channels[0] for width in channels):
+        wrong.append(f"the UNet's block_out_channels {channels} (multiples of the first)")
+    for name, value in (("heads", _find_heads(unet)), ("layers_per_block", unet["layers_per_block"])):
+        if not isinstance(value, int):
+            wrong.append(f"the UNet's {name} {list(value)} (one number for all levels)")
+    if not isinstance(unet.get("transformer_layers_per_block", 1), int):
+        wrong.append("the UNet's transformer_layers_per_block (one number for all levels)")
+    mirrored = ["CrossAttn" in name for name in reversed(unet["up_block_types"])]
+    attention = ["CrossAttn" in name for name in unet["down_block_types"]]
+    if mirrored != attention:
+        wrong.append("the UNet's up_block_types (the mirror of its down_block_types)")
+    if stem_channels is not None and len(stem_channels) != NUM_STEM_STAGES:
+        wrong.append(f"stems of {len(stem_channels)} stages ({NUM_STEM_STAGES})")
+    return wrong
+
+
+def _find_heads(unet: Config) -> Any:  # noqa: ANN401 - one number, or one for each level
+    return unet.get("num_attention_heads") or unet["attention_head_dim"]
 
 
 def _list_departures(part: str, config: Config, fixed: Config) -> list[str]:

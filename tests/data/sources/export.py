@@ -12,7 +12,8 @@ from PIL import Image
 
 from prompt_diffusion.data.records import IMAGE_TYPE, ImagePair, build_schema
 from prompt_diffusion.data.transforms import decode_image
-from prompt_diffusion.store.storage import join_uri, write_bytes
+from prompt_diffusion.store.storage import write_bytes
+from prompt_diffusion.store.uris import join_uri
 
 ROW_SCHEMA = build_schema(
     {
@@ -27,7 +28,7 @@ _JPEG_QUALITY = 95
 
 
 def write_instruct_pix2pix_folder(pairs: Iterable[ImagePair], uri: str) -> None:
-    """Write the folder form: `{group}/prompt.json`, two JPEG a pair, and `seeds.json` last, in the order of the pairs.
+    """Write the folder form: ``{group}/prompt.json``, two JPEG a pair, and ``seeds.json`` last, in the order of the pairs.
 
     ValueError for a prompt group whose pairs differ in their texts: the form has one text a group.
     """
@@ -47,7 +48,7 @@ def write_instruct_pix2pix_folder(pairs: Iterable[ImagePair], uri: str) -> None:
 
 
 def write_instruct_pix2pix_parquet(pairs: Iterable[ImagePair], uri: str, rows_per_file: int) -> None:
-    """Write the Parquet form, files of at most `rows_per_file` rows, with the columns of the hub's data set."""
+    """Write the Parquet form, files of at most ``rows_per_file`` rows, with the columns of the hub's data set."""
     if rows_per_file < 1:
         raise ValueError(f"a Parquet file needs at least 1 row, got rows_per_file={rows_per_file}")
     remaining = iter(pairs)

@@ -16,7 +16,8 @@ from prompt_diffusion.data.sources.digest import digest_files
 from prompt_diffusion.data.sources.image_folder import ImageFolderConfig, ImageFolderSource
 from prompt_diffusion.data.sources.instruct_pix2pix import InstructPix2PixConfig, open_instruct_pix2pix
 from prompt_diffusion.data.transforms import encode_png
-from prompt_diffusion.store.storage import join_uri, list_sizes, write_bytes
+from prompt_diffusion.store.storage import list_sizes, write_bytes
+from prompt_diffusion.store.uris import join_uri
 
 
 def make_png(value: int) -> bytes:

@@ -17,7 +17,8 @@ from prompt_diffusion.data.records import ImagePair, image_pairs_table
 from prompt_diffusion.data.sources.image_folder import ImageFolderConfig, ImageFolderSource
 from prompt_diffusion.data.transforms import decode_image, encode_png
 from prompt_diffusion.store.manifest import Reject
-from prompt_diffusion.store.storage import join_uri, write_bytes
+from prompt_diffusion.store.storage import write_bytes
+from prompt_diffusion.store.uris import join_uri
 
 Rows = list[dict[str, Any]]
 

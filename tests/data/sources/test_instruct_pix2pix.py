@@ -12,7 +12,8 @@ from prompt_diffusion.data.sources.instruct_pix2pix import InstructPix2PixConfig
 from prompt_diffusion.data.sources.photos import PhotosConfig, PhotosSource
 from prompt_diffusion.data.transforms import decode_image
 from prompt_diffusion.store.manifest import Reject
-from prompt_diffusion.store.storage import join_uri, list_files
+from prompt_diffusion.store.storage import list_files
+from prompt_diffusion.store.uris import join_uri
 from tests.data.sources.export import write_instruct_pix2pix_folder, write_instruct_pix2pix_parquet
 
 SIZE = 32

@@ -22,7 +22,7 @@ from prompt_diffusion.store.storage import list_sizes
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    """Serves a folder: pages that list it, and files with their sizes where `tells_sizes`."""
+    """Serves a folder: pages that list it, and files with their sizes where ``tells_sizes``."""
 
     tells_sizes = True
     denied = ""
@@ -45,7 +45,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[str]:
-    """Give the address of a folder with an image folder in `images` and Parquet rows in `rows`."""
+    """Give the address of a folder with an image folder in ``images`` and Parquet rows in ``rows``."""
     pytest.importorskip("aiohttp")
     (tmp_path / "images").mkdir()
     png = encode_png(np.full((16, 16, 3), 77, np.uint8))
