@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import httpx
 from prefect.client.orchestration import get_client
@@ -50,7 +50,9 @@ _SETTLE_SECONDS = 0.5  # a Ctrl-C that also ends the server is reported by this 
 SERVER_LOST = 1
 
 
-def reproduce_here(preset: str, overrides: Overrides, store: str | None, home: Path) -> ManifestRef:
+def reproduce_here(
+    preset: str, overrides: Overrides, store: str | None, home: Path, terminal: TextIO | None = None
+) -> ManifestRef:
     """Return the table: at once if everything is sealed, otherwise made in this process.
 
     ``home`` is the folder of the embedded server. A user's mistake is a one-sentence ValueError before it starts.
@@ -60,14 +62,16 @@ def reproduce_here(preset: str, overrides: Overrides, store: str | None, home: P
     table = find_benchmark(run)
     if table is not None:
         return table
-    with embedded_server(home):
+    with embedded_server(home, terminal):
         return as_subflow(reproduce_run, "reproduce")(run)
 
 
-def train_here(preset: str, overrides: Overrides, store: str | None, home: Path) -> ManifestRef:
+def train_here(
+    preset: str, overrides: Overrides, store: str | None, home: Path, terminal: TextIO | None = None
+) -> ManifestRef:
     """Return the model of all vision tasks, made in this process; ValueError as ``reproduce_here`` raises it."""
     run = start_run(preset, overrides, store)
-    with embedded_server(home):
+    with embedded_server(home, terminal):
         return as_subflow(train_joint_model, "train")(run)
 
 
@@ -81,9 +85,10 @@ def find_train_identity(preset: str, overrides: Overrides, store: str | None) ->
 
 
 @contextmanager
-def embedded_server(home: Path) -> Iterator[None]:
+def embedded_server(home: Path, terminal: TextIO | None = None) -> Iterator[None]:
     """Run the flows of the block against their own server, with its database and results below ``home``.
 
+    ``terminal`` (standard error, unless told otherwise) gets one sentence if that server dies, which ends the process.
     If Prefect is pointed at a server (PREFECT_API_URL or a profile), that one is used; a one-sentence ConnectionError if
     it does not answer.
     Prefect's own temporary server is not usable: it also receives the Ctrl-C, and the flow then waits minutes for it.
@@ -104,7 +109,11 @@ def embedded_server(home: Path) -> Iterator[None]:
         PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,
     }
     home.mkdir(parents=True, exist_ok=True)
-    with temporary_settings(updates=settings), _exit_on_sigterm(), _serve(listener, home / "server.log"):
+    with (
+        temporary_settings(updates=settings),
+        _exit_on_sigterm(),
+        _serve(listener, home / "server.log", terminal or sys.stderr),
+    ):
         try:
             yield
         finally:
@@ -134,7 +143,7 @@ def check_server() -> None:
 
 
 @contextmanager
-def _serve(listener: socket.socket, log: Path) -> Iterator[None]:
+def _serve(listener: socket.socket, log: Path, terminal: TextIO) -> Iterator[None]:
     """Run the server's process for the duration of the block."""
     environment = os.environ | get_current_settings().to_environment_variables(exclude_unset=True)
     port, number = listener.getsockname()[1], listener.fileno()
@@ -155,7 +164,7 @@ def _serve(listener: socket.socket, log: Path) -> Iterator[None]:
     try:
         logger.info("starting Prefect's server")
         _wait_until_healthy(server, port, log)
-        threading.Thread(target=_follow, args=(server, is_over, log), daemon=True).start()
+        threading.Thread(target=_follow, args=(server, is_over, log, terminal), daemon=True).start()
         yield
     finally:
         is_over.set()
@@ -167,7 +176,7 @@ def _serve(listener: socket.socket, log: Path) -> Iterator[None]:
             server.wait()
 
 
-def _follow(server: subprocess.Popen[bytes], is_over: threading.Event, log: Path) -> None:
+def _follow(server: subprocess.Popen[bytes], is_over: threading.Event, log: Path, terminal: TextIO) -> None:
     """End this process at once, with one sentence, if its server ends before it does.
 
     Prefect would retry the dead server for minutes. Nothing is lost by exiting: the store keeps what is finished, trainings
@@ -176,11 +185,11 @@ def _follow(server: subprocess.Popen[bytes], is_over: threading.Event, log: Path
     server.wait()
     if is_over.wait(_SETTLE_SECONDS):
         return
-    sys.stderr.write(
+    terminal.write(
         f"prompt-diffusion: Prefect's own server ended ({_describe_exit(server)}), see {log.resolve()}: "
         "run the same command to go on\n"
     )
-    sys.stderr.flush()
+    terminal.flush()
     os._exit(SERVER_LOST)
 
 

@@ -1,7 +1,7 @@
 """What every flow starts with: a run, resolved once and passed down to every flow and stage below it."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from prompt_diffusion.registry import fetch
 from prompt_diffusion.settings import Settings, load_settings
 from prompt_diffusion.store.storage import check_writable
 from prompt_diffusion.store.uris import local_path
+from tasks.progress import PROGRESS
 
 Preset = Literal["smoke", "demo", "paper"]
 Overrides = dict[str, Any]  # a JSON object: Prefect builds the form from it
@@ -107,14 +108,19 @@ def as_subflow(body: Callable[P, T], name: str) -> Flow[P, T]:
 
 
 class Stopwatch:
-    """How long the parts of a run took."""
+    """Says which part of a run begins, and keeps how long each took."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: Sequence[str]) -> None:
+        """Take the names of the parts, in order."""
+        self.parts = parts
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def time(self, part: str) -> Iterator[None]:
         """Record the seconds that the block takes under the part's name."""
+        facts = {"part": part, "place": f"{self.parts.index(part) + 1}/{len(self.parts)}"}
+        PROGRESS.debug("%s", part, extra=facts)
         started = time.monotonic()
         yield
         self.seconds[part] = time.monotonic() - started
+        PROGRESS.debug("%s", part, extra={**facts, "seconds": self.seconds[part]})

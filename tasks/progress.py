@@ -1,5 +1,6 @@
 """Progress of long stages in Prefect: a line in the run's log every few seconds, and a bar on its page."""
 
+import logging
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,6 +14,11 @@ from prefect.logging import get_run_logger
 from prompt_diffusion.engine.events import Event, StepEvent, describe, describe_losses
 from prompt_diffusion.store.records import Progress, ShardProgress
 from prompt_diffusion.store.stage import Report
+
+PROGRESS = logging.getLogger("prompt_diffusion.progress")
+"""What a command that shows a run listens to: a record has a ``percent``, or says that a ``part`` begins or is over."""
+PROGRESS.propagate = False
+PROGRESS.addHandler(logging.NullHandler())
 
 _SECONDS_BETWEEN_LINES = 5.0
 _SECONDS_BETWEEN_LOSSES = 60.0
@@ -47,7 +53,9 @@ def log_progress(what: str, items_per_row: int = 1, unit: str = "rows") -> Repor
         rejects = f", {progress.num_rejects} rejected" if progress.num_rejects else ""
         line = f"{progress.num_done} of {progress.num_shards} shards, {progress.num_rows * items_per_row} {unit}{rejects}{pace}"
         logger.info("%s: %s", what, line)
-        show_bar(100.0 * progress.num_done / progress.num_shards, f"{what}: {line}")
+        percent = 100.0 * progress.num_done / progress.num_shards
+        show_bar(percent, f"{what}: {line}")
+        PROGRESS.debug("%s", what, extra={"percent": percent})
 
     return report
 
@@ -97,7 +105,9 @@ def log_training(name: str) -> Report:
             last_step_line = now
             line = describe(event)
             logger.info("%s %s %s", name, draw_bar(event.step, event.num_steps), line)
-            show_bar(100.0 * event.step / event.num_steps, f"{name}: {line}")
+            percent = 100.0 * event.step / event.num_steps
+            show_bar(percent, f"{name}: {line}")
+            PROGRESS.debug("%s", name, extra={"percent": percent})
         if len(losses) > 1 and (now - last_losses_line >= _SECONDS_BETWEEN_LOSSES or is_last):
             last_losses_line = now
             logger.info("%s: %s", name, describe_losses({label: fmean(values) for label, values in losses.items()}))

@@ -11,15 +11,18 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from prompt_diffusion import __version__
 from prompt_diffusion.cli.annotators import annotate, annotators_app, weights_app
 from prompt_diffusion.cli.checkpoints import export_checkpoint, import_checkpoint
 from prompt_diffusion.cli.generation import PairsCommand, edit, generate, settings
 from prompt_diffusion.cli.models import models, promote
+from prompt_diffusion.cli.screen import show_run
 from prompt_diffusion.cli.shared import (
     JsonOption,
     OverridesOption,
     PresetOption,
     StoreOption,
+    VerboseOption,
     need_flows,
     parse_overrides,
     say_errors,
@@ -34,7 +37,6 @@ app = typer.Typer(
     name="prompt-diffusion",
     help="Prompt Diffusion: one model learns a vision task from an example pair.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 USE, MAKE, INSPECT = "Use a model", "Train and evaluate", "Inspect"
@@ -58,6 +60,7 @@ def demo(
     preset: PresetOption = "demo",
     overrides: OverridesOption = None,
     store: StoreOption = None,
+    verbose: VerboseOption = False,
 ) -> None:
     """Run everything, dataset to table: ingest, annotate, train, baselines, register, benchmark; finished stages are kept.
 
@@ -68,11 +71,25 @@ def demo(
 
     # waiting threads sleep instead of spinning, which costs far more on a shared machine
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    ref = reproduce_here(preset, parse_overrides(overrides or []), store, Path("outputs/prefect"))
+    changes = parse_overrides(overrides or [])
+    with show_run(Path("outputs/demo.log"), is_verbose=verbose) as terminal:
+        ref = reproduce_here(preset, changes, store, Path("outputs/prefect"), terminal)
+    from prompt_diffusion.evaluation.findings import list_findings
     from prompt_diffusion.evaluation.table import read_table
 
-    show_table(read_table(ref.uri), as_json=False)
-    print(f"report: {ref.uri}/report.html")
+    found = read_table(ref.uri)
+    show_table(found, as_json=False)
+    print("What it says:")
+    for finding in list_findings(found):
+        print(f"- {finding}")
+    print(_GOING_ON.format(report=f"{ref.uri}/report.html"))
+
+
+_GOING_ON = """
+Go on from here:
+  open the report       {report}
+  try it in a browser   prompt-diffusion studio
+  see the table again   prompt-diffusion table"""
 
 
 def show_table(table: "BenchmarkTable", as_json: bool) -> None:
@@ -179,7 +196,26 @@ def _print_description(content: dict[str, Any]) -> None:
         print(f"  and {len(files) - 20} more")
 
 
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"prompt-diffusion {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and exit.")
+    ] = False,
+) -> None:
+    """Prompt Diffusion: one model learns a vision task from an example pair."""
+
+
 def main() -> None:
     """Run the command line."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # there would be one for each file of weights
-    app()
+    try:
+        app()
+    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

@@ -133,18 +133,26 @@ def mirror_base_command(
 
 @annotators_app.command("list")
 @say_errors
-def list_annotators() -> None:
-    """Show every annotator, what it makes, and the weights that it needs.
+def list_annotators(store: StoreOption = None) -> None:
+    """Show every annotator, what it makes, and whether the weights that it needs are on this machine or in the store.
 
     Example: prompt-diffusion annotators list
     """
+    from prompt_diffusion.annotators.base import AnnotateResources
+    from prompt_diffusion.annotators.choose import can_run
+    from prompt_diffusion.annotators.shards import MIRROR
     from prompt_diffusion.annotators.table import ANNOTATORS
+    from prompt_diffusion.settings import load_settings
+    from prompt_diffusion.store.uris import join_uri
 
-    grid = Table("annotator", "condition", "weights", "pinned by", box=box.SIMPLE_HEAD)
+    resources = AnnotateResources(weights_mirror=join_uri(store or load_settings().store, MIRROR))
+    grid = Table("annotator", "condition", "runs here", "weights, pinned by", box=box.SIMPLE_HEAD)
+    grid.columns[-1].overflow = "fold"
     for name, spec in ANNOTATORS.items():
         weights = spec.weights
-        pin = "" if weights is None else f"sha256 {weights.sha256[:12]}" if weights.sha256 else "the hub's commit"
-        grid.add_row(name, spec.condition, weights.file if weights else "none", pin)
+        pin = "" if weights is None else f"\nsha256 {weights.sha256[:12]}" if weights.sha256 else "\nthe hub's commit"
+        is_here = "yes" if can_run(spec, resources) else "no"
+        grid.add_row(name, spec.condition, is_here, f"{weights.file if weights else 'none needed'}{pin}")
     Console(highlight=False).print(grid)
 
 

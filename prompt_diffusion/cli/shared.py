@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 else:
     PresetName = str  # checked with everything else of a run, which names the others
 
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Print the log, too, which else goes to a file.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 PresetOption = Annotated[PresetName, typer.Option("--preset", help="smoke, demo or paper.")]
 OverridesOption = Annotated[

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from prompt_diffusion.cli.screen import show_run
 from prompt_diffusion.cli.shared import (
     OverridesOption,
     PresetOption,
     StoreOption,
+    VerboseOption,
     need_flows,
     parse_overrides,
     say_errors,
@@ -25,6 +27,7 @@ def train(
     preset: PresetOption = "demo",
     overrides: OverridesOption = None,
     store: StoreOption = None,
+    verbose: VerboseOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would cost; train nothing.")] = False,
     teraflops: Annotated[
         float | None,
@@ -42,7 +45,9 @@ def train(
     if not dry_run:
         # waiting threads sleep instead of spinning, which costs far more on a shared machine
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        print(f"model: {train_here(preset, changes, store, Path('outputs/prefect')).uri}")
+        with show_run(Path("outputs/train.log"), is_verbose=verbose) as terminal:
+            ref = train_here(preset, changes, store, Path("outputs/prefect"), terminal)
+        print(f"model: {ref.uri}")
         return
     from prompt_diffusion.presets import build_preset
     from prompt_diffusion.training.forecast import forecast_training

