@@ -46,7 +46,7 @@ def annotate(
 
     A condition's name selects its first annotator whose weights are on this machine; the output says which.
 
-    Example: prompt-diffusion annotate photo.png --with hed --out edges.png
+    Example: prompt-diffusion annotate samples/photo.jpg --with hed --out edges.png
     """
     from prompt_diffusion.annotators.base import AnnotateResources
     from prompt_diffusion.annotators.choose import choose_annotator

@@ -93,7 +93,7 @@ def generate(
 ) -> None:
     """Do to the query what the example pair shows.
 
-    Example: prompt-diffusion generate --example photo.png depth.png --query other.png --out depth-of-other.png
+    Example: prompt-diffusion generate --example samples/scene.png samples/scene-seg.png --query samples/other.png --out seg.png
     """
     values = (model, prompt, negative_prompt, steps, guidance, strength, scheduler, size)
     fields = dict(zip(_FIELDS, values, strict=True))
@@ -133,9 +133,9 @@ def edit(
 ) -> None:
     """Edit an image by a new text (image to map, map to new image), or by an example of an edit.
 
-    Example: prompt-diffusion edit street.png --prompt "the street in winter" --out winter.png
+    Example: prompt-diffusion edit samples/other.png --prompt "a red cube under a night sky" --out night.png
 
-    Example: prompt-diffusion edit street.png --by-example day.png night.png --out street-at-night.png
+    Example: prompt-diffusion edit samples/other.png --by-example samples/scene.png samples/scene-edited.png --out edited.png
     """
     if by_example is not None and (example is not None or map_out is not None):
         raise ValueError("--by-example goes through no map: leave out --example and --map-out")
