@@ -8,7 +8,7 @@ from prompt_diffusion.store.manifest import ManifestRef
 from tasks.publish import publish_maps
 
 
-@flow(name="annotate")
+@flow(name="annotate", flow_run_name="annotate {preset}")
 def annotate_six_task(
     preset: Preset = "demo", overrides: Overrides | None = None, store: str | None = None, upstream: Upstream = "make"
 ) -> dict[str, ManifestRef]:

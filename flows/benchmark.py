@@ -8,7 +8,7 @@ from prompt_diffusion.store.manifest import ManifestRef
 from tasks.publish import publish_table
 
 
-@flow(name="benchmark")
+@flow(name="benchmark", flow_run_name="benchmark {preset}")
 def benchmark(
     preset: Preset = "demo",
     overrides: Overrides | None = None,

@@ -8,7 +8,7 @@ from prompt_diffusion.store.manifest import ManifestRef
 from tasks.register import register
 
 
-@flow(name="evaluate")
+@flow(name="evaluate", flow_run_name="evaluate {preset}")
 def evaluate(
     preset: Preset = "demo", overrides: Overrides | None = None, store: str | None = None, upstream: Upstream = "make"
 ) -> list[ManifestRef]:

@@ -7,7 +7,7 @@ from flows.stages import obtain_pairs
 from prompt_diffusion.store.manifest import ManifestRef
 
 
-@flow(name="ingest")
+@flow(name="ingest", flow_run_name="ingest {preset}")
 def ingest_pairs(preset: Preset = "demo", overrides: Overrides | None = None, store: str | None = None) -> ManifestRef:
     """Read the source of image pairs, reject broken samples with a reason, and seal the rest.
 

@@ -16,7 +16,7 @@ WORLD = 1000
 CONDITIONS = ("depth", "hed", "seg", "normal")
 
 
-@flow(name="pretrain")
+@flow(name="pretrain", flow_run_name="pretrain on {num_scenes} scenes")
 def pretrain_demo_base(
     num_scenes: int = 10_000,
     config: PretrainConfig = PretrainConfig(),  # noqa: B008 - frozen

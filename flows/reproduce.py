@@ -13,7 +13,7 @@ from prompt_diffusion.store.manifest import ManifestRef
 PARTS = ("ingest", "annotate", "train", "baselines", "evaluate", "table")
 
 
-@flow(name="reproduce")
+@flow(name="reproduce", flow_run_name="reproduce {preset}")
 def reproduce(preset: Preset = "demo", overrides: Overrides | None = None, store: str | None = None) -> ManifestRef:
     """Ingest, annotate, train, evaluate and tabulate; sealed stages are not made again.
 
@@ -35,7 +35,7 @@ def reproduce_run(run: Run) -> ManifestRef:
     with clock.time("train"):
         as_subflow(train_joint_model, "train")(made)
     with clock.time("baselines"):
-        as_subflow(train_baselines, "train")(made)
+        as_subflow(train_baselines, "train", "baselines")(made)
     with clock.time("evaluate"):
         as_subflow(measure, "evaluate")(made)
     with clock.time("table"):

@@ -102,9 +102,9 @@ def pin_models(config: RunConfig, settings: Settings, store: str) -> RunConfig:
     return config.model_copy(update=changes)
 
 
-def as_subflow(body: Callable[P, T], name: str) -> Flow[P, T]:
-    """Return a flow that appears under its parent on Prefect's page, and takes what the parent resolved."""
-    return flow(name=name, validate_parameters=False)(body)
+def as_subflow(body: Callable[P, T], name: str, part: str | None = None) -> Flow[P, T]:
+    """Return a flow that appears under its parent on Prefect's page, as that part, and takes what the parent resolved."""
+    return flow(name=name, flow_run_name=part or name, validate_parameters=False)(body)
 
 
 class Stopwatch:

@@ -15,7 +15,7 @@ from prompt_diffusion.vision_tasks import VISION_TASKS
 from tasks.register import choose_alias, register
 
 
-@flow(name="train")
+@flow(name="train", flow_run_name="train {preset}")
 def train_six_task(
     preset: Preset = "demo", overrides: Overrides | None = None, store: str | None = None, upstream: Upstream = "make"
 ) -> ManifestRef:
@@ -39,7 +39,7 @@ def train_joint_model(run: Run) -> ManifestRef:
     return model
 
 
-@flow(name="train")
+@flow(name="train", flow_run_name="train baselines {preset}")
 def train_controlnet_baselines(
     preset: Preset = "demo", overrides: Overrides | None = None, store: str | None = None, upstream: Upstream = "make"
 ) -> dict[str, ManifestRef]:
@@ -59,7 +59,7 @@ def train_baselines(run: Run) -> dict[str, ManifestRef]:
     return obtain_baselines(run.making(), prepare_inputs(run))
 
 
-@flow(name="train")
+@flow(name="train", flow_run_name="train {condition} from {folder}")
 def train_custom(
     folder: str,
     condition: str,

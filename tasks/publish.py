@@ -14,7 +14,7 @@ from prompt_diffusion.store.manifest import ManifestRef
 from prompt_diffusion.store.uris import join_uri, local_path
 
 
-@task(name="publish maps", persist_result=False)
+@task(name="publish maps", task_run_name="publish maps", persist_result=False)
 def publish_maps(dataset: Dataset) -> None:
     """Show images beside their maps on Prefect's page (its image artifacts hold addresses only: the picture is inlined)."""
     picture = base64.b64encode(render_maps_sheet(dataset.pairs, dataset.maps)).decode()
@@ -25,7 +25,7 @@ def publish_maps(dataset: Dataset) -> None:
     create_markdown_artifact(text, key="condition-maps", description="The first images and their condition maps.")
 
 
-@task(name="publish table", persist_result=False)
+@task(name="publish table", task_run_name="publish table", persist_result=False)
 def publish_table(benchmark: ManifestRef) -> None:
     """Show the table and a link to the report on Prefect's page (image artifacts would hold addresses only)."""
     table = read_table(benchmark.uri)
@@ -36,7 +36,7 @@ def publish_table(benchmark: ManifestRef) -> None:
     create_link_artifact(report if folder is None else folder.resolve().as_uri(), link_text="report", key="report")
 
 
-@task(name="install base", persist_result=False)
+@task(name="install base", task_run_name="install base", persist_result=False)
 def install(base: ManifestRef) -> str:
     """Put a base where this checkout looks up ``demo-base``."""
     return str(install_base(base))

@@ -55,6 +55,13 @@ def test_a_table_is_made_with_a_cell_for_each_method_and_vision_task(table: Mani
     assert all(value > 0 for value in made.seconds.values())
 
 
+def test_runs_on_prefects_page_are_called_by_what_they_do(table: ManifestRef) -> None:
+    assert table.stage == "benchmark"
+    with get_client(sync_client=True) as client:
+        names = {run.name for run in client.read_flow_runs()}
+    assert names >= {"reproduce smoke", "ingest", "annotate", "train", "baselines", "evaluate", "benchmark"}
+
+
 def test_the_table_and_a_link_to_the_report_are_shown_in_prefects_page(table: ManifestRef) -> None:
     with get_client(sync_client=True) as client:
         shown = client.read_artifacts()
