@@ -225,6 +225,20 @@ def scene_inputs(tmp_path_factory: pytest.TempPathFactory) -> "SceneInputs":
 
 
 @pytest.fixture(scope="session")
+def train_inputs(scene_inputs: "SceneInputs", tiny_base: str) -> "TrainInputs":
+    """Encode those scenes with the tiny base, once a session: what a training reads."""
+    from prompt_diffusion.store.stage import Context, obtain
+    from prompt_diffusion.training.encode import Encode, EncodeConfig, EncodeResources, EncodeText
+    from prompt_diffusion.training.inputs import TrainInputs
+
+    encode, context = EncodeConfig(base=tiny_base), Context(scene_inputs.store, EncodeResources())
+    images = {"image": scene_inputs.pairs, **scene_inputs.maps}
+    latents = {name: obtain(Encode(encode, ref), context) for name, ref in images.items()}
+    text = obtain(EncodeText(encode, scene_inputs.pairs), context)
+    return TrainInputs(pairs=scene_inputs.pairs, maps=scene_inputs.maps, latents=latents, text=text)
+
+
+@pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Build a base of diffusers' own classes with random weights, two orders smaller than the demo's; return its folder."""
     import torch

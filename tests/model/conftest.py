@@ -6,6 +6,7 @@ import torch
 
 from prompt_diffusion.model.base import load_base
 from prompt_diffusion.model.controlnet import PromptDiffusionControlNet
+from prompt_diffusion.model.load import load_pipeline
 from prompt_diffusion.model.pipeline import PromptDiffusionPipeline
 
 
@@ -31,6 +32,20 @@ def pipeline(tiny_base):
 def baseline(tiny_base):
     """One without an example stem."""
     return build_pipeline(tiny_base, example_pair=False)
+
+
+@pytest.fixture(scope="module")
+def folder(pipeline, tmp_path_factory):
+    """The same, saved."""
+    path = tmp_path_factory.mktemp("pipeline")
+    pipeline.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def fresh(folder):
+    """A copy that a test may change."""
+    return load_pipeline(folder)
 
 
 @pytest.fixture(scope="session")

@@ -11,19 +11,6 @@ from prompt_diffusion.model.load import load_pipeline
 
 
 @pytest.fixture(scope="module")
-def folder(pipeline, tmp_path_factory):
-    path = tmp_path_factory.mktemp("pipeline")
-    pipeline.save_pretrained(path)
-    return path
-
-
-@pytest.fixture
-def fresh(folder):
-    """One that a test may change."""
-    return load_pipeline(folder)
-
-
-@pytest.fixture(scope="module")
 def generate(draw_images, seeded):
     source, target, query = draw_images(2)
 

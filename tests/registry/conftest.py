@@ -8,31 +8,15 @@ from prompt_diffusion.engine.config import NoiseConfig, TrainResources
 from prompt_diffusion.engine.distributed import World
 from prompt_diffusion.registry import register_model
 from prompt_diffusion.settings import Settings
-from prompt_diffusion.store.stage import Context, obtain
 from prompt_diffusion.tracking.database import make_database
 from prompt_diffusion.training.config import DropoutConfig, SamplingConfig, TrainConfig
-from prompt_diffusion.training.encode import (
-    Encode,
-    EncodeConfig,
-    EncodeResources,
-    EncodeText,
-)
-from prompt_diffusion.training.inputs import TrainInputs
 from prompt_diffusion.training.stage import Train
 from prompt_diffusion.training.train import run_train
 
 
 @pytest.fixture(scope="session")
-def train_one_step(scene_inputs, tiny_base):
+def train_one_step(scene_inputs, train_inputs):
     """Return what trains a model of one step from a base, and seals it."""
-    encode = EncodeConfig(base=tiny_base)
-    images = {"image": scene_inputs.pairs, **scene_inputs.maps}
-    latents = {
-        name: obtain(Encode(encode, ref), Context(scene_inputs.store, EncodeResources()))
-        for name, ref in images.items()
-    }
-    text = obtain(EncodeText(encode, scene_inputs.pairs), Context(scene_inputs.store, EncodeResources()))
-    inputs = TrainInputs(pairs=scene_inputs.pairs, maps=scene_inputs.maps, latents=latents, text=text)
 
     def train(base, **changes):
         config = TrainConfig(
@@ -46,7 +30,7 @@ def train_one_step(scene_inputs, tiny_base):
             num_steps=1,
             **changes,
         )
-        return run_train(Train(config, inputs), scene_inputs.store, TrainResources(), World())
+        return run_train(Train(config, train_inputs), scene_inputs.store, TrainResources(), World())
 
     return train
 

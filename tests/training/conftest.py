@@ -3,27 +3,7 @@
 import pytest
 
 from prompt_diffusion.engine.config import NoiseConfig, OptimizerConfig
-from prompt_diffusion.store.stage import Context, obtain
 from prompt_diffusion.training.config import DropoutConfig, SamplingConfig, TrainConfig
-from prompt_diffusion.training.encode import (
-    Encode,
-    EncodeConfig,
-    EncodeResources,
-    EncodeText,
-)
-from prompt_diffusion.training.inputs import TrainInputs
-
-
-@pytest.fixture(scope="session")
-def train_inputs(scene_inputs, tiny_base):
-    encode = EncodeConfig(base=tiny_base)
-    images = {"image": scene_inputs.pairs, **scene_inputs.maps}
-    latents = {
-        name: obtain(Encode(encode, ref), Context(scene_inputs.store, EncodeResources()))
-        for name, ref in images.items()
-    }
-    text = obtain(EncodeText(encode, scene_inputs.pairs), Context(scene_inputs.store, EncodeResources()))
-    return TrainInputs(pairs=scene_inputs.pairs, maps=scene_inputs.maps, latents=latents, text=text)
 
 
 @pytest.fixture(scope="session")
