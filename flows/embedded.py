@@ -33,7 +33,7 @@ from prefect.settings import (
 from prefect.settings.legacy import Setting
 
 from flows.reproduce import reproduce_run
-from flows.run import Overrides, as_subflow, start_run
+from flows.run import Overrides, Run, as_subflow, start_run
 from flows.stages import find_benchmark, obtain_dataset, obtain_inputs, obtain_pairs
 from flows.train import train_joint_model
 from prompt_diffusion.store.fingerprint import StageIdentity
@@ -50,14 +50,11 @@ _SETTLE_SECONDS = 0.5  # a Ctrl-C that also ends the server is reported by this 
 SERVER_LOST = 1
 
 
-def reproduce_here(
-    preset: str, overrides: Overrides, store: str | None, home: Path, terminal: TextIO | None = None
-) -> ManifestRef:
+def reproduce_here(run: Run, home: Path, terminal: TextIO | None = None) -> ManifestRef:
     """Return the table: at once if everything is sealed, otherwise made in this process.
 
-    ``home`` is the folder of the embedded server. A user's mistake is a one-sentence ValueError before it starts.
+    ``home`` is the folder of the embedded server; ``terminal`` gets one sentence if that server dies.
     """
-    run = start_run(preset, overrides, store)
     # Checking the store takes a second; starting a server, only to find nothing to do, takes ten.
     table = find_benchmark(run)
     if table is not None:
@@ -66,11 +63,8 @@ def reproduce_here(
         return as_subflow(reproduce_run, "reproduce")(run)
 
 
-def train_here(
-    preset: str, overrides: Overrides, store: str | None, home: Path, terminal: TextIO | None = None
-) -> ManifestRef:
-    """Return the model of all vision tasks, made in this process; ValueError as ``reproduce_here`` raises it."""
-    run = start_run(preset, overrides, store)
+def train_here(run: Run, home: Path, terminal: TextIO | None = None) -> ManifestRef:
+    """Return the model of all vision tasks, made in this process."""
     with embedded_server(home, terminal):
         return as_subflow(train_joint_model, "train")(run)
 

@@ -68,12 +68,13 @@ def demo(
     """
     with need_flows():
         from flows.embedded import reproduce_here
+        from flows.run import start_run
 
     # waiting threads sleep instead of spinning, which costs far more on a shared machine
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    changes = parse_overrides(overrides or [])
+    run = start_run(preset, parse_overrides(overrides or []), store)
     with show_run(Path("outputs/demo.log"), is_verbose=verbose) as terminal:
-        ref = reproduce_here(preset, changes, store, Path("outputs/prefect"), terminal)
+        ref = reproduce_here(run, Path("outputs/prefect"), terminal)
     from prompt_diffusion.evaluation.findings import list_findings
     from prompt_diffusion.evaluation.table import read_table
 

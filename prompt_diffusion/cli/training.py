@@ -41,12 +41,14 @@ def train(
     changes = parse_overrides(overrides or [])
     with need_flows():
         from flows.embedded import find_train_identity, train_here
+        from flows.run import start_run
 
     if not dry_run:
         # waiting threads sleep instead of spinning, which costs far more on a shared machine
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        run = start_run(preset, changes, store)
         with show_run(Path("outputs/train.log"), is_verbose=verbose) as terminal:
-            ref = train_here(preset, changes, store, Path("outputs/prefect"), terminal)
+            ref = train_here(run, Path("outputs/prefect"), terminal)
         print(f"model: {ref.uri}")
         return
     from prompt_diffusion.presets import build_preset

@@ -78,7 +78,7 @@ def test_a_second_run_writes_nothing_to_the_store(table: ManifestRef, store: str
 
 def test_a_finished_run_is_found_without_a_server(table: ManifestRef, store: str, tmp_path: Path) -> None:
     with temporary_settings(updates={PREFECT_API_URL: "http://127.0.0.1:1/api"}):
-        assert reproduce_here("smoke", TWO_TASKS, store, home=tmp_path / "home") == table
+        assert reproduce_here(start_run("smoke", TWO_TASKS, store), home=tmp_path / "home") == table
     assert not (tmp_path / "home").exists()
 
 
