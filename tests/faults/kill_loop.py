@@ -66,7 +66,15 @@ class Room:
     def start(self) -> "subprocess.Popen[bytes]":
         """Start the smoke run."""
         (self.path / "tmp").mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-c", "from prompt_diffusion.cli import main; main()", "demo", "--preset", "smoke", "--verbose"]
+        command = [
+            sys.executable,
+            "-c",
+            "from prompt_diffusion.cli import main; main()",
+            "demo",
+            "--preset",
+            "smoke",
+            "--verbose",
+        ]
         with self.log.open("ab") as sink:
             return subprocess.Popen(
                 command, stdout=sink, stderr=sink, cwd=self.path, env=self.environment, start_new_session=True
