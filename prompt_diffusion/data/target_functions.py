@@ -5,6 +5,7 @@ pointwise: what they do to a pixel depends on that pixel's values alone. Spatial
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import cv2
 import numpy as np
@@ -63,7 +64,7 @@ def encode_colors(pixels: Pixels) -> NDArray[np.int64]:
     return codes
 
 
-def build_affine_map(matrix: NDArray[np.floating], offset: NDArray[np.floating]) -> Recolor:
+def build_affine_map(matrix: NDArray[np.floating[Any]], offset: NDArray[np.floating[Any]]) -> Recolor:
     """Return the colour map x -> matrix x + offset of RGB in [0, 1], rounded and clipped; (3, 3) and (3,)."""
     weights, shift = matrix.T.astype(np.float32), 255.0 * offset.astype(np.float32)
     return lambda pixels: _to_bytes(pixels.astype(np.float32) @ weights + shift)
@@ -138,11 +139,11 @@ def show_image(pictures: Pictures) -> Pixels:
     return pictures[IMAGE]
 
 
-def _to_bytes(values: NDArray[np.floating]) -> Pixels:
+def _to_bytes(values: NDArray[np.floating[Any]]) -> Pixels:
     clipped: Pixels = (values + 0.5).clip(0.0, 255.0).astype(np.uint8)
     return clipped
 
 
 def _to_rgb(grey: Pixels) -> Pixels:
-    """Return grey (H, W) as (H, W, 3); what has three channels already, of equal values, as it is."""
+    """Return grey (H, W) as (H, W, 3)."""
     return np.repeat(grey[..., None], 3, axis=2)
