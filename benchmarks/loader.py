@@ -71,7 +71,8 @@ from prompt_diffusion.store.stage import Context, obtain
 from prompt_diffusion.store.storage import check_writable, write_from
 from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.inputs import TrainInputs
-from prompt_diffusion.training.samples import BatchMaker, TrainingData, draw_sample, open_training_data
+from prompt_diffusion.training.rows import TrainingData, open_training_data
+from prompt_diffusion.training.samples import BatchMaker, draw_sample
 
 BATCH_SIZE = 32
 CONDITIONS = ("depth", "hed", "seg")

@@ -46,7 +46,8 @@ from prompt_diffusion.training.encode import (
 )
 from prompt_diffusion.training.inputs import TrainInputs
 from prompt_diffusion.training.loss import InContextObjective
-from prompt_diffusion.training.samples import TrainingData, draw_sample, open_training_data
+from prompt_diffusion.training.rows import TrainingData, open_training_data
+from prompt_diffusion.training.samples import draw_sample
 from prompt_diffusion.training.train import build_controlnet, place_networks, select_parameters
 
 CONDITIONS = ("depth", "hed", "seg")

@@ -183,7 +183,7 @@ class MeasureCell(Stage[EvaluateResources]):
         """Return the RMSE of the maps, and of the truths' round trip through the model's VAE."""
         condition = find_vision_task(self.config.vision_task).target_condition
         truths = read_truths(self.dataset, split, condition, outputs.sample_ids)
-        round_trip = _round_trip(truths, self.model, resources)
+        round_trip = round_trip_images(truths, self.model, resources)
         return compute_rmse(outputs.images, truths), compute_rmse(round_trip, truths)
 
 
@@ -222,7 +222,7 @@ def _extract_truths(
     return build_extractor(extractor, cache_dir, device).extract(truths)
 
 
-def _round_trip(images: ImageArray, model: ManifestRef, resources: EvaluateResources) -> ImageArray:
+def round_trip_images(images: ImageArray, model: ManifestRef, resources: EvaluateResources) -> ImageArray:
     """Return the images encoded and decoded by the model's VAE, at the posterior's mean."""
     import torch
 

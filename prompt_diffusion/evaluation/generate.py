@@ -148,13 +148,13 @@ class Generations:
 def compute_image_seed(config: GenerateConfig, sample_id: str) -> int:
     """Return the seed of one image, 0 <= seed < 2^63."""
     task = "" if config.is_noise_shared else config.vision_task
-    return _hash_seed(f"image/{config.seed}/{task}/{sample_id}")
+    return hash_seed(f"image/{config.seed}/{task}/{sample_id}")
 
 
 def choose_example_rows(data: InContextData, policy: ExamplePolicy, seed: int, rows: Iterable[int]) -> list[int]:
     """Return the row of each query's example: a function of (seed, sample id), the same for every vision task."""
     return [
-        data.choose_example(policy, row, np.random.default_rng(_hash_seed(f"example/{seed}/{data.sample_ids[row]}")))
+        data.choose_example(policy, row, np.random.default_rng(hash_seed(f"example/{seed}/{data.sample_ids[row]}")))
         for row in rows
     ]
 
@@ -187,7 +187,7 @@ def choose_query_rows(data: InContextData, choice: QueryChoice) -> list[int]:
             f"{choice.num_samples} samples are asked for, and the {data.split} split has {len(groups)} {kind}"
         )
     first = islice(groups.items(), choice.num_samples)
-    return [rows[_hash_seed(f"query/{choice.seed}/{group}") % len(rows)] for group, rows in first]
+    return [rows[hash_seed(f"query/{choice.seed}/{group}") % len(rows)] for group, rows in first]
 
 
 def read_generations(generations: ManifestRef) -> Generations:
@@ -207,7 +207,8 @@ def _open_data(pairs_uri: str, map_uris: tuple[tuple[str, str], ...], split: Spl
     return InContextData(open_manifest(pairs_uri), maps, split)
 
 
-def _hash_seed(text: str) -> int:
+def hash_seed(text: str) -> int:
+    """Return the seed that a text stands for, 0 <= seed < 2^63."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> (64 - _SEED_BITS)
 
 

@@ -102,8 +102,8 @@ class RunConfig(FrozenModel):
     def baseline_trainings(self) -> dict[str, TrainConfig]:
         """Return the CN(FT) recipe of each vision task, given as many samples of it as the joint training drew.
 
-        What the joint recipe says about examples has no meaning for them and is left at its default; what the joint training
-        starts its ControlNet from is not theirs.
+        What the joint recipe says about examples and augmentation has no meaning for them and is left at its default; what the
+        joint training starts its ControlNet from is not theirs.
         """
         plain = TrainConfig()
         dropout = self.train.dropout.model_copy(
@@ -119,6 +119,7 @@ class RunConfig(FrozenModel):
                     "vision_tasks": (name,),
                     "image_to_map_examples": plain.image_to_map_examples,
                     "map_to_image_examples": plain.map_to_image_examples,
+                    "augmentation": plain.augmentation,
                     "dropout": dropout,
                     "optimizer": self.baselines.optimizer,
                     "batch_size": self.baselines.batch_size,

@@ -4,6 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from prompt_diffusion.data.augmentation import find_augmentation
 from prompt_diffusion.engine.config import NoiseConfig, OptimizerConfig
 from prompt_diffusion.frozen import FrozenModel
 from prompt_diffusion.vision_tasks import VISION_TASKS, Draw, ExamplePolicy, find_vision_task
@@ -56,6 +57,9 @@ class TrainConfig(FrozenModel):
     """Where the example pair of an image-to-map sample comes from: policies and their shares."""
     map_to_image_examples: dict[ExamplePolicy, float] = {"same_group": 1.0}
     """Where the example pair of a map-to-image sample comes from: policies and their shares."""
+    augmentation: dict[str, float] = {}
+    """Shares of the samples that show a random target function in place of a vision task's map, by its family
+    (``data.augmentation``); what is left of 1 are the vision tasks as they are. Published: none."""
     dropout: DropoutConfig = DropoutConfig()
     """How often text and example pair are dropped."""
     noise: NoiseConfig = NoiseConfig()
@@ -91,4 +95,24 @@ class TrainConfig(FrozenModel):
             total = sum(getattr(self, field).values())
             if abs(total - 1.0) > 1e-6:
                 raise ValueError(f"{field}: shares must sum to 1, they sum to {total}")
+        self._check_augmentation()
         return self
+
+    def _check_augmentation(self) -> None:
+        if self.augmentation and self.method == "controlnet":
+            raise ValueError(
+                "augmentation is nothing for a controlnet baseline: without an example pair it cannot be known"
+            )
+        conditions = {find_vision_task(name).condition for name in self.vision_tasks}
+        for family, share in self.augmentation.items():
+            missing = sorted(find_augmentation(family).conditions - conditions)
+            if missing:
+                raise ValueError(
+                    f"augmentation {family!r} reads maps of {', '.join(missing)}, which no vision task of the recipe has"
+                )
+            if share <= 0.0:
+                raise ValueError(f"augmentation: the share of {family!r} must be above 0, it is {share}")
+        if sum(self.augmentation.values()) > 1.0 + 1e-6:
+            raise ValueError(
+                f"augmentation: shares must sum to 1 or less, they sum to {sum(self.augmentation.values())}"
+            )

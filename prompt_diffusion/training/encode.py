@@ -1,7 +1,7 @@
 """Stages ``encode`` and ``encode-text``: what the frozen networks make of targets and captions, once and not in every step.
 
-There is no augmentation, so sampling from the stored mean and standard deviation loses nothing against running the encoder, and
-a caption's embedding is the same whenever it is computed.
+Photographs and maps are not augmented themselves, so sampling from the stored mean and deviation loses nothing against running
+the encoder, and a caption's embedding is the same whenever it is computed.
 """
 
 from collections.abc import Callable, Iterator, Sequence

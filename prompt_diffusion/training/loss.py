@@ -10,9 +10,11 @@ from prompt_diffusion.data.transforms import to_model_range
 from prompt_diffusion.engine.noise import compute_min_snr_weights
 from prompt_diffusion.model.base import Base
 from prompt_diffusion.model.controlnet import PromptDiffusionControlNet, predict_noise
+from prompt_diffusion.training.augmented import encode_made_targets
 from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.encode import embed_texts
-from prompt_diffusion.training.samples import BatchMaker, InContextBatch, TrainingData
+from prompt_diffusion.training.rows import TrainingData
+from prompt_diffusion.training.samples import BatchMaker, InContextBatch
 from prompt_diffusion.vision_tasks import find_vision_task
 
 
@@ -29,8 +31,8 @@ class InContextObjective:
         num_threads: int = 1,
     ) -> None:
         """Take the networks, already on the device, and the data of each vision task."""
-        self.config, self.unet, self.controlnet = config, base.unet, controlnet
-        self.device, self.labels = device, config.vision_tasks
+        self.config, self.unet, self.controlnet, self.vae = config, base.unet, controlnet, base.vae
+        self.device, self.labels = device, (*config.vision_tasks, *config.augmentation)
         # betas, zero terminal SNR and prediction type are the base's own: check_recipe compares the recipe with them
         self.scheduler = DDPMScheduler.from_config(base.scheduler.config)
         self.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)
@@ -49,11 +51,13 @@ class InContextObjective:
         return self.maker.make(indices)
 
     def compute_losses(self, batch: InContextBatch) -> tuple[Tensor, list[int]]:
-        """Return the loss of each sample and the position of its vision task."""
+        """Return the loss of each sample and the position of its vision task or, augmented, of its family behind them."""
         clean, noise, steps, text, has_example, queries = (
             part.to(self.device, non_blocking=True)
             for part in (batch.clean, batch.noise, batch.timesteps, batch.text, batch.has_example, batch.queries)
         )
+        if batch.made_targets is not None:
+            clean = encode_made_targets(self.vae, clean, batch.made_targets)
         example_pairs = None
         if batch.example_pairs is not None:
             sides = [to_model_range(side.to(self.device, non_blocking=True)) for side in batch.example_pairs]

@@ -4,29 +4,24 @@ Everything random in a sample (vision task, rows, dropout, timestep, noise) is a
 data is read through the local shard cache.
 """
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from prompt_diffusion.data.augmentation import Augmentation, draw_augmentation
 from prompt_diffusion.data.cached_shard import Array
-from prompt_diffusion.data.dataset import InContextData, check_aligned, check_made_of
-from prompt_diffusion.data.records import Split
-from prompt_diffusion.data.sampler import GroupOrder, Order, RowOrder, sample_generator
-from prompt_diffusion.data.shard_cache import ShardCache
+from prompt_diffusion.data.dataset import Side
+from prompt_diffusion.data.sampler import sample_generator
 from prompt_diffusion.engine.noise import draw_timestep
-from prompt_diffusion.store.manifest import Manifest, open_manifest
+from prompt_diffusion.training.augmented import MadeTargets, find_rows
 from prompt_diffusion.training.config import TrainConfig
-from prompt_diffusion.training.inputs import IMAGE_TARGET, TrainInputs
-from prompt_diffusion.vision_tasks import Draw, VisionTask, find_vision_task
-
-Floats = NDArray[np.float32]
+from prompt_diffusion.training.rows import Floats, TrainingData, WindowFetcher
+from prompt_diffusion.vision_tasks import VisionTask, find_vision_task
 
 
 @dataclass(frozen=True)
@@ -42,21 +37,34 @@ class SampleDraw:
     has_example: bool
     generator: np.random.Generator
     """Draws the rest, in this order: timestep, the posterior's sample, noise."""
+    augmentation: Augmentation | None = None
+    """The target function that stands in for the vision task's map; None shows the map itself."""
+
+    @property
+    def is_target_made(self) -> bool:
+        """Whether the target is an augmentation's picture: no stage has encoded it."""
+        return self.augmentation is not None and self.vision_task.direction == "image_to_map"
 
     def read_example_source(self, out: Array | None = None) -> Array:
         """Return uint8 H, W, 3, in ``out`` if given."""
-        return self.data.rows.image(self.example_row, "input", self.vision_task.source_condition, out)
+        return self._read_source(self.example_row, "input", out)
 
     def read_example_target(self, out: Array | None = None) -> Array:
         """Return uint8 H, W, 3, in ``out`` if given."""
-        return self.data.rows.image(self.example_row, "input", self.vision_task.target_condition, out)
+        return self._read_target(self.example_row, "input", out)
 
     def read_query(self, out: Array | None = None) -> Array:
         """Return uint8 H, W, 3, in ``out`` if given."""
-        return self.data.rows.image(self.row, "edited", self.vision_task.source_condition, out)
+        return self._read_source(self.row, "edited", out)
+
+    def read_target(self, out: Array | None = None) -> Array:
+        """Return uint8 H, W, 3, in ``out`` if given."""
+        return self._read_target(self.row, "edited", out)
 
     def sample_posterior(self, out: Array | None = None) -> Array:
-        """Draw from the posterior of the target, float32 C, h, w, in ``out`` if given."""
+        """Draw from the posterior of the target, float32 C, h, w, in ``out`` if given; of a made target, only the noise."""
+        if self.is_target_made:
+            return self.sample_noise(self.data.latent_shape, out)
         mean, std = self.data.read_posterior(self.vision_task.target_condition, self.row)
         return np.add(mean, std * self.sample_noise(mean.shape), out=out)
 
@@ -64,13 +72,23 @@ class SampleDraw:
         """Draw standard Gaussian noise, float32, in ``out`` if given."""
         return self.generator.standard_normal(tuple(shape), dtype=np.float32, out=out)
 
+    def _read_source(self, row: int, side: Side, out: Array | None) -> Array:
+        if self.augmentation is not None and self.vision_task.direction == "map_to_image":
+            return self.augmentation.make(partial(self.data.rows.image, row, side))
+        return self.data.rows.image(row, side, self.vision_task.source_condition, out)
+
+    def _read_target(self, row: int, side: Side, out: Array | None) -> Array:
+        if self.augmentation is not None and self.is_target_made:
+            return self.augmentation.make(partial(self.data.rows.image, row, side))
+        return self.data.rows.image(row, side, self.vision_task.target_condition, out)
+
 
 @dataclass(frozen=True)
 class InContextBatch:
     """A micro-batch on the CPU, images as uint8 N, H, W, channels."""
 
     labels: list[int]
-    """Positions of the vision tasks in the recipe."""
+    """Positions of the vision tasks in the recipe; of augmented samples, those of the families, which follow."""
     example_pairs: tuple[Tensor, Tensor] | None
     """Example sources and targets, N, H, W, 3 each; None for a model without example pairs."""
     has_example: Tensor
@@ -78,56 +96,15 @@ class InContextBatch:
     queries: Tensor
     """N, H, W, 3."""
     clean: Tensor
-    """Samples of the posterior, float32 N, C, h, w."""
+    """Samples of the posterior, float32 N, C, h, w; where a target is yet to be encoded, the noise to sample it with."""
     noise: Tensor
     """Standard Gaussian noise, as ``clean``."""
     timesteps: Tensor
     """int64 N."""
     text: Tensor
     """Text embeddings, float32 N, L, C."""
-
-
-class TrainingData:
-    """One split of a dataset, with latents and text embeddings."""
-
-    def __init__(
-        self, inputs: TrainInputs, cache: ShardCache, seed: int, split: Split = "train", draw: Draw = "row"
-    ) -> None:
-        """Open the inputs; ValueError where they do not belong together."""
-        pairs = open_manifest(inputs.pairs.uri)
-        maps = {condition: open_manifest(ref.uri) for condition, ref in inputs.maps.items()}
-        self.rows = InContextData(pairs, maps, split, cache)
-        self.text = open_manifest(inputs.text.uri)
-        check_made_of(self.text, "pairs", pairs)
-        self.latents: dict[str | None, Manifest] = {}
-        for target, ref in inputs.latents.items():
-            manifest = open_manifest(ref.uri)
-            check_aligned(manifest, "images", pairs if target == IMAGE_TARGET else maps[target])
-            self.latents[None if target == IMAGE_TARGET else target] = manifest
-        self.order: Order = RowOrder(seed, self.rows.shard_rows)
-        if draw == "group":
-            self.order = GroupOrder(seed, self.rows.shard_rows, self.rows.group_ids)
-        self.cache = cache
-
-    @property
-    def manifests(self) -> list[Manifest]:
-        """Every manifest that a sample may be read from."""
-        return [self.rows.pairs, *self.rows.maps.values(), *self.latents.values(), self.text]
-
-    def read_posterior(self, target: str | None, row: int) -> tuple[Floats, Floats]:
-        """Return mean and standard deviation, float32 C, h, w, of a row's target (None: the photograph)."""
-        shard, position = self.rows.places[row]
-        manifest = self.latents[target]
-        return (
-            self.cache.read_row(manifest, shard, "edited_mean", position),
-            self.cache.read_row(manifest, shard, "edited_std", position),
-        )
-
-    def read_text(self, row: int, out: Array | None = None) -> Floats:
-        """Return the embedding, float32 L, C, of a row's caption, in ``out`` if given."""
-        return self.cache.read_row(
-            self.text, self.rows.places[row][0], "embedding", self.rows.caption_positions[row], out
-        )
+    made_targets: MadeTargets | None = None
+    """The targets that are yet to be encoded; None where there are none."""
 
 
 def draw_sample(config: TrainConfig, data: Mapping[str, TrainingData], index: int) -> SampleDraw:
@@ -137,7 +114,8 @@ def draw_sample(config: TrainConfig, data: Mapping[str, TrainingData], index: in
     """
     generator = sample_generator(config.seed, index)
     vision_task = find_vision_task(config.vision_tasks[int(generator.integers(len(config.vision_tasks)))])
-    its = data[vision_task.name]
+    augmentation = draw_augmentation(config.augmentation, config.seed, index)
+    its = data[vision_task.name] if augmentation is None else find_rows(data, vision_task, augmentation.family)
     is_map = vision_task.direction == "image_to_map"
     policies = config.image_to_map_examples if is_map else config.map_to_image_examples
     policy = list(policies)[int(generator.choice(len(policies), p=list(policies.values())))]
@@ -151,19 +129,11 @@ def draw_sample(config: TrainConfig, data: Mapping[str, TrainingData], index: in
         data=its,
         row=row,
         example_row=example_row,
-        has_text=u >= text,
+        has_text=u >= text and not (is_map and augmentation is not None),  # a text would name another map
         has_example=config.method == "prompt_diffusion" and not first <= u < first + drop.example_pair,
         generator=generator,
+        augmentation=augmentation,
     )
-
-
-def open_training_data(
-    config: TrainConfig, inputs: TrainInputs, cache: ShardCache, split: Split
-) -> dict[str, TrainingData]:
-    """Open the data of each vision task of a recipe; tasks of one dataset share it."""
-    used = inputs.narrow(config.vision_tasks)
-    datasets = [TrainingData(each, cache, config.seed, split, config.draw) for each in used.datasets]
-    return {name: datasets[used.find_dataset(name)] for name in config.vision_tasks}
 
 
 class BatchMaker:
@@ -201,7 +171,7 @@ class BatchMaker:
                 self._gather([d.read_example_target for d in draws]),
             )
         return InContextBatch(
-            labels=[self.config.vision_tasks.index(d.vision_task.name) for d in draws],
+            labels=[self._label(d) for d in draws],
             example_pairs=example_pairs,
             has_example=torch.tensor([d.has_example for d in draws], pin_memory=self.pins_memory),
             queries=self._gather([d.read_query for d in draws]),
@@ -209,11 +179,24 @@ class BatchMaker:
             noise=noise,
             timesteps=torch.tensor(timesteps, pin_memory=self.pins_memory),
             text=self._gather([partial(self._read_text, d) for d in draws]),
+            made_targets=self._make_targets(draws),
         )
 
     def close(self) -> None:
         """Stop the threads that fetch ahead."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _label(self, draw: SampleDraw) -> int:
+        if draw.augmentation is None:
+            return self.config.vision_tasks.index(draw.vision_task.name)
+        return len(self.config.vision_tasks) + list(self.config.augmentation).index(draw.augmentation.family)
+
+    def _make_targets(self, draws: Sequence[SampleDraw]) -> MadeTargets | None:
+        slots = [slot for slot, draw in enumerate(draws) if draw.is_target_made]
+        if not slots:
+            return None
+        images = self._gather([draws[slot].read_target for slot in slots])
+        return MadeTargets(torch.tensor(slots, pin_memory=self.pins_memory), images)
 
     def _read_text(self, draw: SampleDraw, out: Array | None = None) -> Array:
         fixed = draw.vision_task.text if draw.has_text else ""
@@ -231,27 +214,3 @@ class BatchMaker:
             if values is not slot:
                 slot[...] = values
         return gathered
-
-
-class WindowFetcher:
-    """Fetches the shards of the stream's current window and of the next one, ahead of the samples."""
-
-    def __init__(self, data: TrainingData, pool: Executor) -> None:
-        self.data, self._pool = data, pool
-        self._lock = threading.Lock()
-        self._asked: set[tuple[int, int]] = set()
-
-    def advance(self, index: int) -> None:
-        """Start fetching for the window of this sample index, unless that was done."""
-        order = self.data.order
-        epoch, number = order.find_window(index)
-        with self._lock:
-            if (epoch, number) in self._asked:
-                return
-            self._asked.add((epoch, number))
-        windows = order.windows(epoch)
-        following = windows[number + 1] if number + 1 < len(windows) else order.windows(epoch + 1)[0]
-        for shard in (*windows[number], *following):
-            for manifest in self.data.manifests:
-                # An error here is not lost: it is raised again where a row of the shard is read.
-                self._pool.submit(self.data.cache.fetch, manifest, shard)

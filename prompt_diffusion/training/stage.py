@@ -53,7 +53,8 @@ class Train(Stage[TrainResources]):
     def identify(self) -> StageIdentity:
         """Return the recipe, what it starts from, and those inputs that its vision tasks read.
 
-        The base and the ControlNet enter by their content, never by the place or name that they are found under.
+        The base and the ControlNet enter by their content, never by the place or name that they are found under. A recipe
+        without augmentation is identified as before there was any.
         """
         config = self.config
         used = [StageInput(role="base", fingerprint=base_digest(config.base))]
@@ -61,10 +62,11 @@ class Train(Stage[TrainResources]):
             digest = controlnet_digest(config.controlnet, config.base)
             used.append(StageInput(role="controlnet", fingerprint=digest))
         used += self.inputs.narrow(config.vision_tasks).list_roles()
+        unused = () if config.augmentation else ("augmentation",)
         return StageIdentity(
             stage="train",
             version=VERSION,
-            config=config.model_dump(mode="json", exclude={"base", "controlnet"}),
+            config=config.model_dump(mode="json", exclude={"base", "controlnet", *unused}),
             inputs=tuple(used),
         )
 

@@ -36,7 +36,7 @@ from prompt_diffusion.store.uris import join_uri
 from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.loss import InContextObjective, check_recipe
 from prompt_diffusion.training.preflight import check_base
-from prompt_diffusion.training.samples import open_training_data
+from prompt_diffusion.training.rows import open_training_data
 from prompt_diffusion.training.stage import Train
 from prompt_diffusion.training.validation import InContextValidator
 

@@ -13,7 +13,7 @@ from prompt_diffusion.store.uris import join_uri
 from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.grid import render_validation_grid
 from prompt_diffusion.training.loss import InContextObjective
-from prompt_diffusion.training.samples import TrainingData
+from prompt_diffusion.training.rows import TrainingData
 from prompt_diffusion.vision_tasks import ExamplePolicy
 
 NUM_SAMPLES = 96

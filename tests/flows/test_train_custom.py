@@ -17,7 +17,8 @@ from prompt_diffusion.engine.config import TrainResources
 from prompt_diffusion.engine.distributed import World
 from prompt_diffusion.store.manifest import open_manifest
 from prompt_diffusion.store.storage import list_files
-from prompt_diffusion.training.samples import draw_sample, open_training_data
+from prompt_diffusion.training.rows import open_training_data
+from prompt_diffusion.training.samples import draw_sample
 from prompt_diffusion.training.stage import Train
 from prompt_diffusion.training.train import run_train
 

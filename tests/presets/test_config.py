@@ -47,6 +47,7 @@ def test_every_scientific_field_of_a_training_moves_its_fingerprint(inputs):
         "train.image_to_map_examples": {"same_row": 1.0},
         "train.map_to_image_examples": {"same_row": 1.0},
         "train.vision_tasks": ["image_to_hed"],
+        "train.augmentation": {"classes": 0.25},
         "train.optimizer.name": "adamw",
         "train.optimizer.clip_norm": 1.0,
         "train.optimizer.skip_norm": 1.0,

@@ -31,13 +31,8 @@ from prompt_diffusion.training.encode import (
 )
 from prompt_diffusion.training.inputs import TrainInputs
 from prompt_diffusion.training.loss import InContextObjective
-from prompt_diffusion.training.samples import (
-    BatchMaker,
-    InContextBatch,
-    WindowFetcher,
-    draw_sample,
-    open_training_data,
-)
+from prompt_diffusion.training.rows import WindowFetcher, open_training_data
+from prompt_diffusion.training.samples import BatchMaker, InContextBatch, draw_sample
 from prompt_diffusion.training.train import build_controlnet
 
 NUM_SHARDS = 8

@@ -18,7 +18,8 @@ from prompt_diffusion.store.stage import Context, obtain
 from prompt_diffusion.store.storage import read_bytes
 from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.loss import InContextObjective
-from prompt_diffusion.training.samples import draw_sample, open_training_data
+from prompt_diffusion.training.rows import open_training_data
+from prompt_diffusion.training.samples import draw_sample
 from prompt_diffusion.training.stage import Train, write_spec
 from prompt_diffusion.training.train import build_controlnet, run_train, select_parameters
 from tests.sharing import find_free_ports
