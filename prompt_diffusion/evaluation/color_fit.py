@@ -18,8 +18,8 @@ def fit_color_map(source: ImageArray, target: ImageArray) -> Coefficients:
         raise ValueError(
             f"a colour map is fitted to images of one shape (h, w, 3), not {source.shape} and {target.shape}"
         )
-    fitted: Coefficients = np.linalg.lstsq(_with_one(source), target.reshape(-1, 3).astype(np.float64), rcond=None)[0]
-    return fitted
+    fitted = np.linalg.lstsq(_with_one(source), target.reshape(-1, 3).astype(np.float64), rcond=None)[0]
+    return fitted.astype(np.float64)
 
 
 def apply_color_map(coefficients: Coefficients, image: ImageArray) -> ImageArray:
