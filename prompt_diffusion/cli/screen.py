@@ -12,6 +12,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.live import Live
 from rich.spinner import Spinner
+from rich.text import Text
 
 _SECONDS_BETWEEN_LINES = 60.0
 
@@ -56,11 +57,11 @@ class Screen(logging.Handler):
         seconds = getattr(record, "seconds", None)
         self._stages, self._title = {}, title
         if seconds is not None:
-            self._console.print(f"{title} · {say_seconds(seconds)}", markup=False)
+            self._console.print(f"{title} · {say_seconds(seconds)}", markup=False, soft_wrap=True)
         elif self._live.is_started:
-            self._spinner.update(text=title)
+            self._spinner.update(text=_fit(title))
         else:
-            self._console.print(f"{title} ...", markup=False)
+            self._console.print(f"{title} ...", markup=False, soft_wrap=True)
         self._last_line = time.monotonic()
 
     def _show_stage(self, name: str, percent: float) -> None:
@@ -74,10 +75,15 @@ class Screen(logging.Handler):
             filter(None, [self._title, *(f"{name}: {each.say(now)}" for name, each in self._stages.items())])
         )
         if self._live.is_started:
-            self._spinner.update(text=line)
+            self._spinner.update(text=_fit(line))
         elif now - self._last_line >= _SECONDS_BETWEEN_LINES:
-            self._console.print(line, markup=False)
+            self._console.print(line, markup=False, soft_wrap=True)
             self._last_line = now
+
+
+def _fit(text: str) -> Text:
+    """Return a text that ends with an ellipsis where the terminal does."""
+    return Text(text, no_wrap=True, overflow="ellipsis")
 
 
 class _Stage:
