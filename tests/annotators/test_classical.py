@@ -108,8 +108,8 @@ def test_a_digest_for_an_annotator_without_weights_is_refused() -> None:
         build_annotator("canny", weights_sha256="0" * 64)
 
 
-def test_the_readmes_new_annotator_is_one_file_and_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    guide = (Path(__file__).parents[2] / "README.md").read_text()
+def test_the_guides_new_annotator_is_one_file_and_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "annotators.md").read_text()
     blocks = [block.split("```")[0] for block in guide.split("```python\n")[1:]]
     module: dict[str, Any] = {"__name__": "inverse"}
     exec(next(block for block in blocks if "class InverseAnnotator" in block), module)

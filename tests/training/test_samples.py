@@ -87,10 +87,11 @@ def make_batches(config, data, fixed_texts, pieces, num_threads=1):
 
 
 def join(batches) -> dict[str, torch.Tensor]:
-    """Return the tensors of several micro-batches as if they were one."""
+    """Return the tensors of several micro-batches, none of them augmented, as if they were one."""
+    assert all(batch.made_targets is None for batch in batches)
     parts = [
         {
-            **{name: value for name, value in vars(batch).items() if name != "example_pairs"},
+            **{name: value for name, value in vars(batch).items() if name not in ("example_pairs", "made_targets")},
             "labels": torch.tensor(batch.labels),
             "example_source": batch.example_pairs[0],
             "example_target": batch.example_pairs[1],
