@@ -3,11 +3,13 @@
 from dataclasses import replace
 
 from prefect import flow
+from pydantic import ValidationError
 
 from flows.run import Overrides, Preset, Run, Upstream, start_run
 from flows.stages import obtain_baselines, obtain_dataset, obtain_inputs, obtain_joint_model, obtain_pairs
 from prompt_diffusion.annotators.config import AnnotateConfig
 from prompt_diffusion.data.sources.image_folder import ImageFolderConfig
+from prompt_diffusion.frozen import say_first_error
 from prompt_diffusion.model.references import BESIDE_BASE
 from prompt_diffusion.store.manifest import ManifestRef
 from prompt_diffusion.training.inputs import TrainInputs, check_pairs
@@ -64,6 +66,7 @@ def train_custom(
     folder: str,
     condition: str,
     mixed: bool = False,
+    reading: Overrides | None = None,
     model: str | None = "models:/prompt-diffusion@challenger",
     steps: int | None = None,
     preset: Preset = "demo",
@@ -80,6 +83,7 @@ def train_custom(
             path or URI.
         condition: What the source images are, in one word of your choice, for example ``sketch``.
         mixed: Train on the preset's six vision tasks too, so that they are not forgotten; all are drawn equally often.
+        reading: How the table is read where its columns have other names, for example ``{"caption_column": "text"}``.
         model: The registered model or folder to start from; none: the preset's base with a new ControlNet.
         steps: Optimizer steps; empty means the preset's.
         preset: The complete configuration to start from: resolution, recipe and, where mixed, the six tasks' dataset.
@@ -89,7 +93,7 @@ def train_custom(
     """
     changes = build_custom_overrides(condition, mixed, model, steps) | (overrides or {})
     run = start_run(preset, changes, store, upstream)
-    trained = obtain_joint_model(run.making(), prepare_custom_inputs(run, folder, condition, mixed))
+    trained = obtain_joint_model(run.making(), prepare_custom_inputs(run, folder, condition, mixed, reading))
     register(trained, name=f"{run.settings.registered_model}-{condition}", alias=choose_alias(preset))
     return trained
 
@@ -114,22 +118,28 @@ def build_custom_overrides(condition: str, mixed: bool, model: str | None, steps
     return changes
 
 
-def prepare_custom_inputs(run: Run, folder: str, condition: str, mixed: bool) -> TrainInputs:
+def prepare_custom_inputs(
+    run: Run, folder: str, condition: str, mixed: bool, reading: Overrides | None = None
+) -> TrainInputs:
     """Return what a training on a user's own pairs reads; the pairs come first, so that their faults are reported at once."""
-    pairs = use_pairs(run, folder, condition)
+    pairs = use_pairs(run, folder, condition, reading)
     check_pairs(obtain_pairs(pairs))
     own = prepare_inputs(pairs)
     return prepare_inputs(run).model_copy(update={"others": (own,)}) if mixed else own
 
 
-def use_pairs(run: Run, folder: str, condition: str) -> Run:
+def use_pairs(run: Run, folder: str, condition: str, reading: Overrides | None = None) -> Run:
     """Return the run with a user's pairs instead of the preset's dataset, ingested in the same way.
 
-    If the run's own source is an image folder, its columns and grey values apply to the pairs.
+    If the run's own source is an image folder, its columns and grey values apply to the pairs, but for what ``reading`` says.
+    ValueError for a field that an image folder does not have.
     """
     given = run.config.ingest.source
     fields = given.model_dump() if isinstance(given, ImageFolderConfig) else {}
-    source = ImageFolderConfig.model_validate(fields | {"uri": folder, "condition": condition})
+    try:
+        source = ImageFolderConfig.model_validate(fields | (reading or {}) | {"uri": folder, "condition": condition})
+    except ValidationError as error:
+        raise ValueError(f"reading: {say_first_error(error)}") from None
     ingest = run.config.ingest.model_copy(update={"source": source})
     pairs = {"ingest": ingest, "annotate": (AnnotateConfig(condition=condition),)}
     return replace(run, config=run.config.model_copy(update=pairs))

@@ -153,3 +153,14 @@ def test_a_users_own_columns_are_said_by_an_override(tmp_path):
     found = run.config.ingest.source
     assert (found.uri, found.condition) == (str(folder), "sketch")
     assert [key.sample_id for key in build_source(run.config.ingest).plan()] == ["000.png", "001.png"]
+
+
+def test_a_users_own_columns_are_said_beside_the_presets_dataset(tmp_path):
+    folder = write_pairs(tmp_path / "pairs", 2, columns=("before", "image", "text"))
+    columns = {"source_column": "before", "target_column": "image", "caption_column": "text"}
+    run = start_run("smoke", {}, str(tmp_path / "store"))
+    assert run.config.ingest.source.kind == "scenes"
+    found = use_pairs(run, str(folder), "sketch", columns).config.ingest
+    assert [key.sample_id for key in build_source(found).plan()] == ["000.png", "001.png"]
+    with pytest.raises(ValueError, match=r"^reading: caption: Extra inputs are not permitted, got 'text'$"):
+        use_pairs(run, str(folder), "sketch", {"caption": "text"})
