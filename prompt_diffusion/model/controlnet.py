@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
@@ -17,6 +16,9 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from prompt_diffusion.building import builds_networks
+from prompt_diffusion.model.look_up.entry import LookUpEntry
+from prompt_diffusion.model.look_up.look_up import Draft, LookUp
+from prompt_diffusion.model.look_up.matching import sort_values
 
 PUBLISHED_STEM_CHANNELS = (16, 32, 96, 256)
 EXAMPLE_PAIR_CHANNELS = 6
@@ -33,6 +35,9 @@ class PromptDiffusionControlNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
     last one of each stem, start at zero. With ``example_pair=False`` there is no example stem: the task-specific ControlNet
     that the paper calls CN(FT).
 
+    With ``look_up_config``, the pair enters by a second way, too: what attention finds in it for each place of the query
+    (``look_up/``) is added to the stems' features, through zero convolutions, so that a fresh one changes nothing.
+
     Source: arXiv 2305.01115, section 3.2 and figure 3.
     """
 
@@ -45,8 +50,11 @@ class PromptDiffusionControlNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         stem_channels: tuple[int, ...] = PUBLISHED_STEM_CHANNELS,
         example_pair: bool = True,
         unit_query: bool = False,
+        look_up_config: dict[str, Any] | None = None,
     ) -> None:
         """Build a fresh one; ``unit_query``: the query stem was trained on images in [0, 1], as public ControlNets are.
+
+        ``look_up_config``: that of a LookUp; None for the published model, where the pair enters by its stem alone.
 
         Folding the change of range into the stem's first convolution would not do: its zero padding means black in one range
         and mid-grey in the other. So the query is brought to [0, 1] before the stem, which is exact at the borders too.
@@ -60,6 +68,19 @@ class PromptDiffusionControlNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.example_stem = (
             ControlNetConditioningEmbedding(features, EXAMPLE_PAIR_CHANNELS, stem_channels) if example_pair else None
         )
+        self.look_up = None
+        if look_up_config is not None:
+            if not example_pair:
+                raise ValueError(
+                    "a look-up reads example pairs, and this model takes a query alone (example_pair=False)"
+                )
+            self.look_up = LookUpEntry(LookUp(**look_up_config), features, stem_stride=2 ** (len(stem_channels) - 1))
+
+    def register_to_config(self, **kwargs: Any) -> None:  # noqa: ANN401 - diffusers' own
+        """Keep the configuration; one without a look-up is written as it was before there were any."""
+        if kwargs.get("look_up_config", ...) is None:
+            del kwargs["look_up_config"]
+        super().register_to_config(**kwargs)
 
     @classmethod
     def from_unet(
@@ -67,18 +88,29 @@ class PromptDiffusionControlNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         unet: UNet2DConditionModel,
         stem_channels: tuple[int, ...] = PUBLISHED_STEM_CHANNELS,
         example_pair: bool = True,
+        look_up: LookUp | None = None,
     ) -> Self:
-        """Build one whose trunk holds the UNet's encoder and middle block, its zero convolutions and stems initialised anew."""
+        """Build one whose trunk holds the UNet's encoder and middle block, its zero convolutions and stems initialised anew.
+
+        With a look-up, it holds a copy of that one, silent at first.
+        """
         trunk = ControlNetModel.from_unet(unet)
-        config = {name: value for name, value in trunk.config.items() if not name.startswith("_")}
-        model: Self = cls(trunk_config=config, stem_channels=tuple(stem_channels), example_pair=example_pair)
+        model: Self = cls(
+            trunk_config=_list_fields(trunk),
+            stem_channels=tuple(stem_channels),
+            example_pair=example_pair,
+            look_up_config=None if look_up is None else _list_fields(look_up),
+        )
         model.trunk.load_state_dict(_without(trunk.state_dict(), "controlnet_cond_embedding."))
+        if look_up is not None:
+            assert model.look_up is not None
+            model.look_up.network.load_state_dict(look_up.state_dict())
         return model
 
     @classmethod
     def from_controlnet(cls, source: ControlNetModel, example_pair: bool = True) -> Self:
         """Build one that does to the query what a diffusers ControlNet does, its example stem fresh and silent."""
-        config = {name: value for name, value in source.config.items() if not name.startswith("_")}
+        config = _list_fields(source)
         # for the stem to handle: the trunk would reverse the channels of features
         is_bgr = config["controlnet_conditioning_channel_order"] == "bgr"
         model: Self = cls(
@@ -104,23 +136,41 @@ class PromptDiffusionControlNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.trunk.set_attention_slice(slice_size)
 
     @apply_forward_hook  # type: ignore[untyped-decorator]  # an offloaded model comes to the device for this, too
-    def compute_condition_features(self, example_pair: Tensor | Sequence[Tensor] | None, query: Tensor) -> Tensor:
-        """Return the sum of the stems' features: N, C, h, w at the latents' size.
+    def compute_condition_features(
+        self, example_pair: Tensor | Sequence[Tensor] | None, query: Tensor, has_example: Tensor | None = None
+    ) -> Tensor:
+        """Return the sum of the stems' features and, if there is one, the look-up's: N, C, h, w at the latents' size.
 
         ``example_pair`` is N, 6, H, W (source, then target) and ``query`` N, 3, H, W, both in [-1, 1]; a batch of 1 is
-        shared. ``None`` stands for a mid-grey pair (zeros), what the model sees in training where the pair is dropped. Several
-        example pairs are averaged in the example stem's feature space, whatever their order; a list of one is that one alone.
+        shared. ``None`` stands for a mid-grey pair (zeros), what the model sees in training where the pair is dropped; the
+        look-up then finds its null key alone. ``has_example``, bool N, drops the pair where it is False. Several example pairs
+        are averaged in the example stem's feature space, whatever their order; a list of one is that one alone.
         """
         features: Tensor = self.query_stem((query + 1.0) / 2.0 if self.config["unit_query"] else query)
         if self.example_stem is None:
             if example_pair is not None:
                 raise ValueError("this model has no example stem: it takes a query alone (example_pair=None)")
             return features.contiguous()
-        if example_pair is None:
-            example_pair = query.new_zeros(query.shape[0], EXAMPLE_PAIR_CHANNELS, *query.shape[2:])
-        example_pairs = [example_pair] if isinstance(example_pair, Tensor) else example_pair
-        combined: Tensor = features + average_features([self.example_stem(pair) for pair in example_pairs])
+        given = [example_pair] if isinstance(example_pair, Tensor) else example_pair
+        if given is not None and has_example is not None:
+            given = [pair * has_example[:, None, None, None] for pair in given]
+        shown = (
+            given if given is not None else [query.new_zeros(query.shape[0], EXAMPLE_PAIR_CHANNELS, *query.shape[2:])]
+        )
+        combined: Tensor = features + average_features([self.example_stem(pair) for pair in shown])
+        if self.look_up is not None:
+            combined = combined + self.look_up(given, query, has_example)
         return combined.contiguous()  # the trunk keeps its own layout, whatever the stems' is
+
+    @apply_forward_hook  # type: ignore[untyped-decorator]
+    def draft(self, example_pair: Tensor | Sequence[Tensor], query: Tensor) -> Draft:
+        """Return what the look-up alone answers, in one pass and without diffusion, and which places it found in no example.
+
+        Arguments as in ``compute_condition_features``; ValueError for a model without a look-up.
+        """
+        if self.look_up is None:
+            raise ValueError("this model has no look-up: its pair enters by the stem alone, so it gives no draft")
+        return self.look_up.draft([example_pair] if isinstance(example_pair, Tensor) else example_pair, query)
 
     def forward(
         self,
@@ -155,9 +205,7 @@ def average_features(features: Sequence[Tensor]) -> Tensor:
         raise ValueError("there is no example pair in the list: give at least one, or None")
     if len(features) == 1:
         return features[0]
-    count = max(len(each) for each in features)
-    ordered = torch.stack([each.expand(count, -1, -1, -1) for each in features]).float().sort(dim=0).values
-    return (ordered.sum(dim=0) / len(features)).to(features[0].dtype)
+    return (sort_values(features).sum(dim=0) / len(features)).to(features[0].dtype)
 
 
 @builds_networks
@@ -203,6 +251,11 @@ def check_controlnet(
             f"the ControlNet to start from has stem channels {tuple(controlnet.config['stem_channels'])}, but the recipe's "
             f"stem_channels are {tuple(stem_channels)}"
         )
+
+
+def _list_fields(network: ConfigMixin) -> dict[str, Any]:
+    """Return a network's configuration without diffusers' own notes in it."""
+    return {name: value for name, value in network.config.items() if not name.startswith("_")}
 
 
 def _as_tuple(value: Any) -> Any:  # noqa: ANN401 - any value of a configuration

@@ -57,8 +57,7 @@ class InContextObjective:
         example_pairs = None
         if batch.example_pairs is not None:
             sides = [to_model_range(side.to(self.device, non_blocking=True)) for side in batch.example_pairs]
-            kept = has_example[:, None, None, None]
-            example_pairs = torch.cat(sides, dim=1) * kept  # a dropped pair is mid-grey: zeros
+            example_pairs = torch.cat(sides, dim=1)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             prediction = predict_noise(
                 self.unet,
@@ -66,7 +65,7 @@ class InContextObjective:
                 self.scheduler.add_noise(clean, noise, steps),
                 steps,
                 text,
-                self.controlnet.compute_condition_features(example_pairs, to_model_range(queries)),
+                self.controlnet.compute_condition_features(example_pairs, to_model_range(queries), has_example),
             )
         is_v = self.scheduler.config["prediction_type"] == "v_prediction"
         target = self.scheduler.get_velocity(clean, noise, steps) if is_v else noise

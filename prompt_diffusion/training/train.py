@@ -145,7 +145,7 @@ def place_networks(
         base.unet.to(memory_format=torch.channels_last)
         controlnet.to(memory_format=torch.channels_last)
     # on a CPU only the stems, wide and with few channels, are faster this way (by a fifth); the rest is faster without
-    for stem in (controlnet.query_stem, controlnet.example_stem):
+    for stem in (controlnet.query_stem, controlnet.example_stem, controlnet.look_up):
         if stem is not None:
             stem.to(memory_format=torch.channels_last)
     for network in (base.unet, controlnet.trunk):

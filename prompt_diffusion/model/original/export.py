@@ -97,6 +97,8 @@ def _find_stems(folder: Path) -> tuple[int, ...] | None:
         )
     if not config.get("example_pair", True):
         raise ValueError("the original layout cannot express a model without an example stem (a CN(FT) baseline)")
+    if config.get("look_up_config"):
+        raise ValueError("the original layout cannot express a look-up: its code reads the pair by a stem alone")
     if config.get("unit_query"):
         raise ValueError(
             "the original layout cannot express a query stem that reads images in [0, 1] (one that began as a public "
