@@ -182,8 +182,10 @@ def test_a_larger_picture_of_the_same_is_matched_alike():
     torch.manual_seed(0)
     matching = Matching(16, 2)
     torch.nn.init.normal_(matching.position_bias[2].weight, std=2.0)
-    coarse = [torch.nn.functional.interpolate(torch.randn(1, 16, 3, 3), size=(8, 8), mode="bicubic") for _ in range(2)]
-    fine = [torch.nn.functional.interpolate(each, size=(16, 16), mode="bilinear") for each in coarse]
+    coarse = [
+        torch.nn.functional.interpolate(torch.randn(1, 16, 3, 3), size=(16, 16), mode="bicubic") for _ in range(2)
+    ]
+    fine = [torch.nn.functional.interpolate(each, size=(32, 32), mode="bilinear") for each in coarse]
     small, large = (matching(query, [source]) for query, source in (coarse, fine))
     shares = [small.null_share, torch.nn.functional.avg_pool2d(large.null_share, 2)]
     assert 0.02 < float(shares[0].mean()) < 0.98
