@@ -94,18 +94,18 @@ def recolor_locally(image: Tensor, color_map: ColorMap) -> Tensor:
     """Apply maps of places, b = N, h, w, interpolated between these, to images N, 3, H, W, clipped to [-1, 1]."""
     size = (image.shape[2], image.shape[3])
     maps = torch.cat([color_map.slope.flatten(3), color_map.offset], dim=3).movedim(3, 1)
-    slope, offset = F.interpolate(maps, size=size, mode="bilinear", align_corners=False).split([9, 3], dim=1)
-    changed = (slope.unflatten(1, (3, 3)) * image.float()[:, None]).sum(dim=2) + offset
+    maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+    slope, offset = torch.split(maps, [9, 3], dim=1)
+    changed = (torch.unflatten(slope, 1, (3, 3)) * image.float()[:, None]).sum(dim=2) + offset
     return changed.clamp(-1.0, 1.0).to(image.dtype)
 
 
 def _unpack(moments: Tensor) -> Moments:
     """Split b, 26, and divide by the weight; all zeros where that is zero."""
-    weight, *parts = moments.split([_WEIGHT, _SOURCE, _TARGET, _SOURCES, _CROSS, _POWER], dim=-1)
+    weight, *parts = torch.split(moments, [_WEIGHT, _SOURCE, _TARGET, _SOURCES, _CROSS, _POWER], dim=-1)
     source, target, sources, cross, power = (part / weight.clamp_min(1e-6) for part in parts)
-    return Moments(
-        weight[..., 0], source, target, sources.unflatten(-1, (3, 3)), cross.unflatten(-1, (3, 3)), power[..., 0]
-    )
+    sources, cross = (torch.unflatten(part, -1, (3, 3)) for part in (sources, cross))
+    return Moments(weight[..., 0], source, target, sources, cross, power[..., 0])
 
 
 def _solve(moments: Moments, prior: Tensor, ridge: float) -> ColorMap:

@@ -32,7 +32,7 @@ class Match:
     @property
     def null_share(self) -> Tensor:
         """The null key's weight, mean over heads: N, 1, h, w."""
-        return self.null_weights.mean(dim=1).unflatten(1, self.size)[:, None]
+        return torch.unflatten(self.null_weights.mean(dim=1), 1, self.size)[:, None]
 
     def look_up(self, values: Sequence[Tensor]) -> Tensor:
         """Return the weighted sum over the examples' places (not the null key): N, D, h, w.
@@ -44,7 +44,7 @@ class Match:
             weights.to(value.dtype) @ split_heads(value, heads)
             for weights, value in zip(self.weights, values, strict=True)
         ]
-        return sum_regardless_of_order(found).mT.flatten(1, 2).unflatten(2, self.size)
+        return torch.unflatten(sum_regardless_of_order(found).mT.flatten(1, 2), 2, self.size)
 
     def look_up_with_all_heads(self, values: Sequence[Tensor]) -> Tensor:
         """Return the sum weighted by the mean over heads: N, D, h, w; ``values`` as in ``look_up``."""
@@ -52,7 +52,7 @@ class Match:
             value.flatten(2).to(weights.dtype) @ weights.mean(dim=1).mT
             for weights, value in zip(self.weights, values, strict=True)
         ]
-        return sum_regardless_of_order(found).unflatten(2, self.size)
+        return torch.unflatten(sum_regardless_of_order(found), 2, self.size)
 
 
 class Matching(nn.Module):
@@ -111,7 +111,7 @@ class Matching(nn.Module):
 
     def _weigh_null(self, match: Match, vector: Tensor, like: Tensor) -> Tensor:
         of_heads = vector.view(self.num_heads, -1, 1) * match.null_weights[:, :, None].to(vector.dtype)
-        return of_heads.flatten(1, 2).unflatten(2, match.size).to(like.dtype)
+        return torch.unflatten(of_heads.flatten(1, 2), 2, match.size).to(like.dtype)
 
     def _to_unit_heads(self, features: Tensor) -> Tensor:
         projected = F.conv2d(features.float(), self.to_key.weight.float(), _as_float(self.to_key.bias))
@@ -149,14 +149,14 @@ def _normalise(scores: Sequence[Tensor], null_score: Tensor, size: tuple[int, in
     return Match(
         weights=[weight / total[..., None] for weight in weights],
         null_weights=null / total,
-        entropy=entropy.unflatten(1, size)[:, None],
+        entropy=torch.unflatten(entropy, 1, size)[:, None],
         size=size,
     )
 
 
 def split_heads(features: Tensor, num_heads: int) -> Tensor:
     """Turn N, C, h, w into N, heads, h * w, C / heads."""
-    return features.flatten(2).unflatten(1, (num_heads, -1)).mT
+    return torch.unflatten(features.flatten(2), 1, (num_heads, -1)).mT
 
 
 def sum_regardless_of_order(parts: Sequence[Tensor]) -> Tensor:

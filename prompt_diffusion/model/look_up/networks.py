@@ -49,7 +49,8 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """N, C, h, w in and out."""
         query, key, value = (
-            part.unflatten(1, (self.num_heads, -1)).flatten(3).mT for part in self.to_qkv(self.norm(x)).chunk(3, dim=1)
+            torch.unflatten(part, 1, (self.num_heads, -1)).flatten(3).mT
+            for part in self.to_qkv(self.norm(x)).chunk(3, dim=1)
         )
         found = F.scaled_dot_product_attention(query, key, value).mT.reshape(x.shape)
         attended: Tensor = self.to_out(found)
@@ -92,7 +93,7 @@ class PictureEncoder(nn.Module):
             x = F.silu(level(x))
             skips.append(x)
         x = self.block(self.levels[-1](x))
-        x = x + self.positions(compute_positional_features(*x.shape[2:], like=x))
+        x = x + self.positions(compute_positional_features(x.shape[2], x.shape[3], like=x))
         x = x + F.interpolate(self.context(x), size=x.shape[2:], mode="nearest")
         features: Tensor = self.norm(self.last_block(x))
         return features, skips
@@ -169,7 +170,8 @@ class Decoder(nn.Module):
             x = F.interpolate(self.narrow[level](x), size=skips[level].shape[2:], mode="nearest")
             x = F.silu(self.merge[level](torch.cat([x, skips[level], *(shown if level == 0 else [])], dim=1)))
             x = F.silu(self.refine[level](x))
-        own, weights = F.pixel_shuffle(self.to_pixels(x), self.patch_size).split([3, 1 + self.num_fits], dim=1)
+        pixels = F.pixel_shuffle(self.to_pixels(x), self.patch_size)
+        own, weights = torch.split(pixels, [3, 1 + self.num_fits], dim=1)
         colors, shares = torch.stack([own, *fits], dim=1), weights.softmax(dim=1)
         draft: Tensor = (colors * shares[:, :, None]).sum(dim=1)
         return draft
