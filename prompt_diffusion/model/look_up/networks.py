@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name torch's own documentation uses
 
+_FIRST_TRUST, _FIRST_CAUTION, _LEAST_ERROR = 2.0, 5.0, 0.01
+"""At first a fit of error 0.07 (in [-1, 1]) counts as much as the decoder's own colour, one of 0.01 seventeen times as much."""
 _FREQUENCIES = (0.5, 1.0, 2.0, 4.0)
 """Half waves of the positional features along a side of the picture."""
 
@@ -125,7 +127,7 @@ class Decoder(nn.Module):
     """Draws the draft from the read-out, E's features of the query at every level, and the query recoloured by fits.
 
     At each pixel it mixes a colour of its own with those of the fitted colour maps: a recolouring that a fit gets exactly
-    right need not pass through features.
+    right need not pass through features. From the start a fit counts the more, the better it explains the pair.
     """
 
     def __init__(
@@ -151,6 +153,8 @@ class Decoder(nn.Module):
         )
         self.refine = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for width in widths[:-1])
         self.to_pixels = nn.Conv2d(widths[0], (3 + 1 + num_fits) * patch_size**2, 3, padding=1)
+        self.trust = nn.Parameter(torch.full((num_fits,), _FIRST_TRUST))
+        self.caution = nn.Parameter(torch.full((num_fits,), _FIRST_CAUTION))
 
     def forward(
         self,
@@ -172,6 +176,9 @@ class Decoder(nn.Module):
             x = F.silu(self.refine[level](x))
         pixels = F.pixel_shuffle(self.to_pixels(x), self.patch_size)
         own, weights = torch.split(pixels, [3, 1 + self.num_fits], dim=1)
+        trust, caution = (each[:, None, None] for each in (self.trust, self.caution))
+        earned = -trust * (torch.cat(list(errors), dim=1) + _LEAST_ERROR).log() - caution
+        weights = torch.cat([weights[:, :1], weights[:, 1:] + earned], dim=1)
         colors, shares = torch.stack([own, *fits], dim=1), weights.softmax(dim=1)
         draft: Tensor = (colors * shares[:, :, None]).sum(dim=1)
         return draft
