@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.sharing import RUN_VARIABLE, find_free_ports, for_the_run, is_answering, make_once, start_server
+from tests.sharing import RUN_VARIABLE, TINY_BASE, find_free_ports, for_the_run, is_answering, make_once, start_server
 
 if TYPE_CHECKING:
     from prompt_diffusion.store.manifest import ManifestRef
@@ -247,17 +247,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> str:
     from prompt_diffusion.pretraining import train as pretrain
     from prompt_diffusion.pretraining.config import PretrainConfig
 
-    config = PretrainConfig(
-        image_size=32,
-        vae_channels=(8, 8, 8),
-        unet_channels=(16, 16),
-        attention_heads=2,
-        norm_groups=4,
-        text_channels=16,
-        text_layers=1,
-        text_length=24,
-        vocabulary_size=80,
-    )
+    config = PretrainConfig(**TINY_BASE, text_length=24)
     torch.manual_seed(0)
     tokenizer = pretrain.train_tokenizer(["a red cube on a green floor under a clear sky"], config)
     folder = tmp_path_factory.mktemp("tiny-base")

@@ -19,6 +19,17 @@ from typing import Any
 
 import pytest
 
+TINY_BASE: dict[str, Any] = {
+    "image_size": 32,
+    "vae_channels": (8, 8, 8),
+    "unet_channels": (16, 16),
+    "attention_heads": 2,
+    "norm_groups": 4,
+    "text_channels": 16,
+    "text_layers": 1,
+    "vocabulary_size": 80,
+}
+"""The architecture of a base two orders smaller than the demo's."""
 RUN_VARIABLE = "PROMPT_DIFFUSION_TEST_RUN_PID"
 PATIENCE_SECONDS = 800.0
 """No property: only how long a test waits for an event before it says which one never came; pytest's own limit is longer."""

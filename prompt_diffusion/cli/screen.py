@@ -118,21 +118,21 @@ def show_run(log: Path, *, is_verbose: bool) -> Iterator[TextIO]:
     from tasks.progress import PROGRESS
 
     log.parent.mkdir(parents=True, exist_ok=True)
-    with _redirect_output(log) as terminal:
-        screen = Screen(terminal)
-        PROGRESS.addHandler(screen)
-        level = PROGRESS.level
-        PROGRESS.setLevel(logging.DEBUG)
-        try:
-            yield terminal
-        except BaseException:
-            screen.close()
-            terminal.write(f"the log: {log}\n")
-            raise
-        finally:
-            PROGRESS.setLevel(level)
-            PROGRESS.removeHandler(screen)
-            screen.close()
+    try:
+        with _redirect_output(log) as terminal:
+            screen = Screen(terminal)
+            PROGRESS.addHandler(screen)
+            level = PROGRESS.level
+            PROGRESS.setLevel(logging.DEBUG)
+            try:
+                yield terminal
+            finally:
+                PROGRESS.setLevel(level)
+                PROGRESS.removeHandler(screen)
+                screen.close()
+    except BaseException:
+        print(f"the log: {log}", file=sys.stderr)
+        raise
 
 
 @contextmanager

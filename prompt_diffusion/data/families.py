@@ -48,7 +48,7 @@ def draw_palette(generator: np.random.Generator) -> Recolor:
     salt, is_grey = int(generator.integers(2**63)), bool(generator.random() < 0.25)
 
     def recolor(pixels: Pixels) -> Pixels:
-        codes = (pixels.astype(np.int64) << np.array([16, 8, 0])).sum(axis=2)
+        codes = encode_colors(pixels)
         found, places = np.unique(codes, return_inverse=True)
         colors = np.stack([sample_generator(salt, int(code)).integers(0, 256, 3, dtype=np.uint8) for code in found])
         if is_grey:
@@ -75,10 +75,7 @@ def draw_color_map(generator: np.random.Generator) -> Recolor:
     """Draw a change of all colours of a photograph: hue turned, saturation, brightness, in a third of the cases negative."""
     angle, saturation = generator.uniform(0.0, 2.0 * math.pi), generator.uniform(0.2, 1.4)
     exponent, is_negative = _draw_exponent(generator, 0.5), bool(generator.random() < 1 / 3)
-    grey = np.full((3, 3), 1 / 3)
-    axis = np.array([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3.0)
-    turn = math.cos(angle) * (np.eye(3) - grey) + math.sin(angle) * axis  # about the grey diagonal (Rodrigues)
-    matrix = (grey + saturation * turn).astype(np.float32)
+    matrix = build_hue_rotation(angle, saturation).astype(np.float32)
     tone = 255.0 * np.linspace(0.0, 1.0, 256) ** exponent
     table = (255.0 - tone if is_negative else tone).round().astype(np.uint8)
 
@@ -105,6 +102,24 @@ FAMILIES: dict[str, Family] = {
 """The families, by the name of the kind of picture that they make."""
 
 
+def encode_colors(pixels: Pixels) -> NDArray[np.int64]:
+    """Return each colour of uint8 (..., 3) as one number (...)."""
+    codes: NDArray[np.int64] = (pixels.astype(np.int64) << np.array([16, 8, 0])).sum(axis=-1)
+    return codes
+
+
+def build_hue_rotation(angle: float, saturation: float = 1.0) -> NDArray[np.float64]:
+    """Return the matrix (3, 3) that turns RGB colours by an angle in radians about the grey diagonal (Rodrigues).
+
+    ``saturation`` is the factor of their distance from it.
+    """
+    grey = np.full((3, 3), 1 / 3)
+    axis = np.array([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3.0)
+    turn = math.cos(angle) * (np.eye(3) - grey) + math.sin(angle) * axis
+    matrix: NDArray[np.float64] = grey + saturation * turn
+    return matrix
+
+
 def find_source(kind: str) -> str:
     """Return which picture a kind is made from: the source of a family, else itself."""
     return FAMILIES[kind].source if kind in FAMILIES else kind
@@ -113,6 +128,12 @@ def find_source(kind: str) -> str:
 def vary(kind: str, pixels: Pixels, generator: np.random.Generator) -> Pixels:
     """Return a picture of a kind from one of its source: a family's member drawn from the generator, else as it is."""
     return FAMILIES[kind].draw(generator)(pixels) if kind in FAMILIES else pixels
+
+
+def show_row(kind: str, read: Callable[[str, int], Pixels], seed: int, row: int) -> Pixels:
+    """Return the picture of a kind that a row gives: its source, ``read`` by kind and row, in the row's own member."""
+    stream = list(FAMILIES).index(kind) if kind in FAMILIES else 0
+    return vary(kind, read(find_source(kind), row), sample_generator(seed, row, stream))
 
 
 def _draw_exponent(generator: np.random.Generator, spread: float) -> float:

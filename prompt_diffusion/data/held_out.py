@@ -15,7 +15,7 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from prompt_diffusion.data.families import IMAGE, draw_palette
+from prompt_diffusion.data.families import IMAGE, build_hue_rotation, draw_palette
 from prompt_diffusion.data.sampler import sample_generator
 from prompt_diffusion.data.sources.scene_renderer import PALETTE
 from prompt_diffusion.data.sources.scenes import build_scene_pair
@@ -24,7 +24,6 @@ from prompt_diffusion.data.target_functions import (
     TargetFunction,
     apply_to,
     build_affine_map,
-    build_hue_rotation,
     build_line_painter,
     build_warp,
     choose_by_region,

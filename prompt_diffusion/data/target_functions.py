@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from prompt_diffusion.data.families import IMAGE, Recolor
+from prompt_diffusion.data.families import IMAGE, Recolor, encode_colors
 from prompt_diffusion.data.sampler import sample_generator
 from prompt_diffusion.data.transforms import Pixels
 
@@ -58,24 +58,10 @@ def group_classes(pixels: Pixels, salt: int, num_groups: int) -> NDArray[np.int6
     return chosen
 
 
-def encode_colors(pixels: Pixels) -> NDArray[np.int64]:
-    """Return each colour of uint8 (..., 3) as one number (...)."""
-    codes: NDArray[np.int64] = (pixels.astype(np.int64) << np.array([16, 8, 0])).sum(axis=-1)
-    return codes
-
-
 def build_affine_map(matrix: NDArray[np.floating[Any]], offset: NDArray[np.floating[Any]]) -> Recolor:
     """Return the colour map x -> matrix x + offset of RGB in [0, 1], rounded and clipped; (3, 3) and (3,)."""
     weights, shift = matrix.T.astype(np.float32), 255.0 * offset.astype(np.float32)
     return lambda pixels: _to_bytes(pixels.astype(np.float32) @ weights + shift)
-
-
-def build_hue_rotation(angle: float) -> NDArray[np.float64]:
-    """Return the matrix (3, 3) that turns RGB colours by an angle in radians about the grey diagonal (Rodrigues)."""
-    grey = np.full((3, 3), 1 / 3)
-    axis = np.array([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / np.sqrt(3.0)
-    turn: NDArray[np.float64] = grey + np.cos(angle) * (np.eye(3) - grey) + np.sin(angle) * axis
-    return turn
 
 
 def build_line_painter(ground: Pixels, ink: Pixels) -> Recolor:

@@ -24,7 +24,7 @@ from prompt_diffusion.data.transforms import from_model_range, to_model_range
 from prompt_diffusion.evaluation.config import EvaluateResources, Method
 from prompt_diffusion.evaluation.features import WEIGHT_DIGESTS, ExtractorName, build_extractor
 from prompt_diffusion.evaluation.frechet import compute_frechet_distance
-from prompt_diffusion.evaluation.generate import Generations, open_data, read_generations
+from prompt_diffusion.evaluation.generate import Generations, check_makers, open_data, read_generations
 from prompt_diffusion.evaluation.models import open_pipeline, reserve_device
 from prompt_diffusion.evaluation.rmse import ImageArray, compute_rmse
 from prompt_diffusion.frozen import FrozenModel
@@ -157,10 +157,7 @@ class MeasureCell(Stage[EvaluateResources]):
         generated = identity.config["vision_task"]
         if generated != self.config.vision_task:
             raise ValueError(f"a cell of {self.config.vision_task} cannot be made from images of {generated}")
-        for role, ref in (("model", self.model), ("pairs", self.dataset.pairs)):
-            found = identity.digests[role]
-            if found != ref.fingerprint:
-                raise ValueError(f"the images were made with the {role} {found}, not {ref.fingerprint}")
+        check_makers(identity, self.model, self.dataset.pairs)
         return next(split for split in SPLITS if split == identity.config["split"])
 
     def _measure_frechet(

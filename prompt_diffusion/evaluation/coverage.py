@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from prompt_diffusion.data.dataset import InContextData, Side
+from prompt_diffusion.data.families import encode_colors
 from prompt_diffusion.data.held_out import BACKGROUND
-from prompt_diffusion.data.target_functions import encode_colors
 from prompt_diffusion.evaluation.generate import hash_seed
 
 MIN_SHARE: Final = 0.005
@@ -61,14 +61,14 @@ def choose_covering_rows(data: InContextData, seed: int, rows: Iterable[int]) ->
 
     ValueError where there is one prompt group only.
     """
-    shown = _list_shown_classes(data)
+    shown = _list_shown_colors(data)
     choices = []
     for row in rows:
-        wanted = frozenset(find_class_colors(data, row, "edited"))
+        wanted = find_class_colors(data, row, "edited").keys()
         others = [other for other in range(data.num_rows) if data.group_ids[other] != data.group_ids[row]]
         if not others:
             raise ValueError(f"split {data.split!r} has one prompt group only: there is no other scene to show")
-        missing = np.array([len(wanted - shown[other]) for other in others])
+        missing = np.array([len(wanted - shown[other].keys()) for other in others])
         best = np.nonzero(missing == missing.min())[0]
         generator = np.random.default_rng(hash_seed(f"covering/{seed}/{data.sample_ids[row]}"))
         choices.append(ExampleChoice(others[int(generator.choice(best))], bool(missing.min() == 0)))
@@ -80,16 +80,13 @@ def find_distractions(data: InContextData, seed: int, rows: Iterable[int]) -> li
 
     The query's object is coloured like another class's object in the example, and unlike its own class's there.
     """
-    background, shown = (
-        set(encode_colors(BACKGROUND).tolist()),
-        [find_class_colors(data, r, "input") for r in range(data.num_rows)],
-    )
+    background = set(encode_colors(BACKGROUND).tolist())
     found = []
     for row in rows:
         wanted = find_class_colors(data, row, "edited")
         candidates = [
             Distraction(row, other, code, distractor)
-            for other, colors in enumerate(shown)
+            for other, colors in enumerate(_list_shown_colors(data))
             if data.group_ids[other] != data.group_ids[row] and wanted.keys() <= colors.keys()
             for code in wanted.keys() - background
             for distractor in colors.keys() - background - {code}
@@ -102,8 +99,9 @@ def find_distractions(data: InContextData, seed: int, rows: Iterable[int]) -> li
 
 
 @lru_cache(maxsize=4)
-def _list_shown_classes(data: InContextData) -> list[frozenset[int]]:
-    return [frozenset(find_class_colors(data, row, "input")) for row in range(data.num_rows)]
+def _list_shown_colors(data: InContextData) -> list[dict[int, npt.NDArray[np.float64]]]:
+    """Return the classes that each row's example would show, with their colours; found once for all cases."""
+    return [find_class_colors(data, row, "input") for row in range(data.num_rows)]
 
 
 def _measure(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> float:

@@ -7,12 +7,12 @@ the others of its batch, and a killed run resumes with the same pictures.
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import islice
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -190,6 +190,14 @@ def choose_query_rows(data: InContextData, choice: QueryChoice) -> list[int]:
     return [rows[hash_seed(f"query/{choice.seed}/{group}") % len(rows)] for group, rows in first]
 
 
+def check_makers(identity: StageIdentity, model: ManifestRef, pairs: ManifestRef) -> None:
+    """Raise ValueError where images of that identity were not made by that model, from those pairs."""
+    for role, ref in (("model", model), ("pairs", pairs)):
+        found = identity.digests[role]
+        if found != ref.fingerprint:
+            raise ValueError(f"the images were made with the {role} {found}, not {ref.fingerprint}")
+
+
 def read_generations(generations: ManifestRef) -> Generations:
     """Return the images of a sealed generation with their samples; ValueError names a sample that has two images."""
     table = open_manifest(generations.uri).read_table(["sample_id", "image"])
@@ -233,25 +241,38 @@ def _generate_batch(
     config: GenerateConfig, samples: list[Sample], seeds: list[int], pipeline: "PromptDiffusionPipeline"
 ) -> ImageArray:
     """Return uint8 images (n, h, w, 3)."""
-    import torch
-
-    prompts = [_write_prompt(config, sample.prompt) for sample in samples]
     example_pair = None
     if config.example_policy is not None:
         example_pair = (_stack(samples, "example_source"), _stack(samples, "example_target"))
-    queries = _stack(samples, "query")
-    output = pipeline(
-        prompt=prompts,
+    return call_pipeline(
+        pipeline,
+        _stack(samples, "query"),
+        seeds,
+        prompt=[_write_prompt(config, sample.prompt) for sample in samples],
         example_pair=example_pair,
-        query=queries,
         negative_prompt=config.negative_prompt,
         guidance_scale=config.guidance_scale,
         num_inference_steps=config.num_inference_steps,
+    )
+
+
+def call_pipeline(
+    pipeline: "PromptDiffusionPipeline",
+    queries: ImageArray,
+    seeds: Sequence[int],
+    **options: Any,  # noqa: ANN401 - the call's own
+) -> ImageArray:
+    """Return what a pipeline makes of queries, each from its own seed and at its own size: uint8 (n, h, w, 3) both."""
+    import torch
+
+    output = pipeline(
+        query=queries,
         height=queries.shape[1],
         width=queries.shape[2],
         # On the CPU, so that a seed means the same noise on every device.
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         output_type="uint8",
+        **options,
     )
     images: ImageArray = output.images
     return images

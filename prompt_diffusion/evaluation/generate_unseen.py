@@ -16,7 +16,7 @@ from prompt_diffusion.data.held_out import HELD_OUT
 from prompt_diffusion.data.records import Split, generations_table
 from prompt_diffusion.data.transforms import decode_image, encode_png
 from prompt_diffusion.evaluation.config import EvaluateResources
-from prompt_diffusion.evaluation.generate import Generations, choose_query_rows, hash_seed, open_data
+from prompt_diffusion.evaluation.generate import Generations, call_pipeline, choose_query_rows, hash_seed, open_data
 from prompt_diffusion.evaluation.models import open_pipeline
 from prompt_diffusion.evaluation.rmse import ImageArray
 from prompt_diffusion.evaluation.unseen_cases import CASES, CaseQuery, CaseRows, find_case
@@ -113,26 +113,18 @@ class GenerateUnseen(ShardedStage[EvaluateResources]):
         self, queries: Sequence[CaseQuery], seeds: Sequence[int], pipeline: "PromptDiffusionPipeline"
     ) -> ImageArray:
         """Return uint8 images (n, h, w, 3)."""
-        import torch
-
-        shown = np.stack([query.query for query in queries])
-        output = pipeline(
+        return call_pipeline(
+            pipeline,
+            np.stack([query.query for query in queries]),
+            seeds,
             prompt=[""] * len(queries),
             example_pair=(
                 np.stack([query.example_source for query in queries]),
                 np.stack([query.example_target for query in queries]),
             ),
-            query=shown,
             guidance_scale=1.0,
             num_inference_steps=self.config.num_inference_steps,
-            height=shown.shape[1],
-            width=shown.shape[2],
-            # On the CPU, so that a seed means the same noise on every device.
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-            output_type="uint8",
         )
-        images: ImageArray = output.images
-        return images
 
 
 def check_unseen(model: ManifestRef, cases: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from prompt_diffusion.data.transforms import encode_png
 from prompt_diffusion.evaluation.cells import round_trip_images
 from prompt_diffusion.evaluation.color_fit import compute_fitted_rmse
 from prompt_diffusion.evaluation.config import EvaluateResources
-from prompt_diffusion.evaluation.generate import Generations
+from prompt_diffusion.evaluation.generate import Generations, check_makers
 from prompt_diffusion.evaluation.generate_unseen import UnseenConfig, read_unseen
 from prompt_diffusion.evaluation.rmse import ImageArray, compute_rmse
 from prompt_diffusion.evaluation.unseen_answers import TRIVIAL, answer_trivially, judge_pixels
@@ -139,11 +139,7 @@ class MeasureUnseen(Stage[EvaluateResources]):
             raise ValueError(
                 f"{self.generations.uri} answers other cases or queries than those that are to be measured"
             )
-        for role, ref in (("model", self.model), ("pairs", self.dataset.pairs)):
-            if identity.digests[role] != ref.fingerprint:
-                raise ValueError(
-                    f"the images were made with the {role} {identity.digests[role]}, not {ref.fingerprint}"
-                )
+        check_makers(identity, self.model, self.dataset.pairs)
 
 
 def read_unseen_result(unseen: ManifestRef) -> UnseenResult:

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from prompt_diffusion.data.dataset import InContextData, Side
-from prompt_diffusion.data.families import IMAGE
+from prompt_diffusion.data.families import IMAGE, encode_colors
 from prompt_diffusion.data.held_out import BACKGROUND, HELD_OUT, MISALIGNMENTS, NUM_MEMBERS
-from prompt_diffusion.data.target_functions import Pictures, TargetFunction, encode_colors
+from prompt_diffusion.data.target_functions import Pictures, TargetFunction
 from prompt_diffusion.evaluation.coverage import choose_covering_rows, find_distractions
 from prompt_diffusion.evaluation.rmse import ImageArray
 

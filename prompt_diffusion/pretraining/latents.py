@@ -12,9 +12,8 @@ import numpy as np
 
 from prompt_diffusion.building import builds_networks
 from prompt_diffusion.data.dataset import Dataset, InContextData, Side
-from prompt_diffusion.data.families import FAMILIES, IMAGE, find_source, vary
+from prompt_diffusion.data.families import IMAGE, find_source, show_row
 from prompt_diffusion.data.records import Split, arrays_table, read_array
-from prompt_diffusion.data.sampler import sample_generator
 from prompt_diffusion.data.shard_cache import ShardCache
 from prompt_diffusion.data.transforms import Pixels
 from prompt_diffusion.engine.config import TrainResources
@@ -110,16 +109,14 @@ class PretrainLatents(ShardedStage[TrainResources]):
         torch.set_num_threads(context.resources.threads_per_process)
         shown, vae = open_pictures(self.dataset, _SPLIT, context.resources), load_autoencoder(self.autoencoder)
 
-        def show(kind: str, row: int) -> Pixels:
-            stream = list(FAMILIES).index(kind) if kind in FAMILIES else 0
-            return vary(kind, shown.read(find_source(kind), row), sample_generator(self.config.seed, row, stream))
-
         def make_shard(index: int) -> ShardRows:
             rows = range(self.shard_ends[index - 1] if index else 0, self.shard_ends[index])
             arrays = {}
             for kind in self.config.unet_shares:
                 sides = range(2 if find_source(kind) == IMAGE else 1)
-                latents = encode_pictures(vae, (show(kind, 2 * row + side) for row in rows for side in sides))
+                shown_rows = [2 * row + side for row in rows for side in sides]
+                pictures = (show_row(kind, shown.read, self.config.seed, row) for row in shown_rows)
+                latents = encode_pictures(vae, pictures)
                 arrays[kind] = latents.view(len(rows), len(sides), *latents.shape[1:]).numpy()
             return arrays_table({"sample_id": [shown.data.sample_ids[row] for row in rows]}, arrays), []
 

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 
-from prompt_diffusion.data.families import FAMILIES, IMAGE, find_source, vary
-from prompt_diffusion.data.sampler import sample_generator
+from prompt_diffusion.data.families import IMAGE, show_row
 from prompt_diffusion.data.transforms import from_model_range
 from prompt_diffusion.model.base import Base
 from prompt_diffusion.pretraining.config import PretrainConfig
@@ -70,14 +69,9 @@ def score_autoencoder(
 @torch.no_grad()
 def _score_kind(vae: AutoencoderKL, read: ReadPicture, kind: str, num_pictures: int) -> Restoration:
     errors: list[float] = []
-    stream = list(FAMILIES).index(kind) if kind in FAMILIES else 0
     for start in range(0, num_pictures, _BATCH):
-        pictures = np.stack(
-            [
-                vary(kind, read(find_source(kind), row), sample_generator(HELD_OUT_SEED, row, stream))
-                for row in range(start, min(start + _BATCH, num_pictures))
-            ]
-        )
+        rows = range(start, min(start + _BATCH, num_pictures))
+        pictures = np.stack([show_row(kind, read, HELD_OUT_SEED, row) for row in rows])
         restored = from_model_range(vae.decode(encode_pictures(vae, pictures)).sample)
         difference = (restored.astype(np.float64) - pictures) / 255.0
         errors += np.square(difference).mean(axis=(1, 2, 3)).tolist()

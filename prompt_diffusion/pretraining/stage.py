@@ -2,6 +2,7 @@
 
 import logging
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,28 @@ _SCORED, _SCORED_ON_THE_WAY = 256, 16
 
 
 @dataclass(frozen=True)
-class PretrainAutoencoder(Stage[TrainResources]):
+class _OwnedTraining(Stage[TrainResources], ABC):
+    """A stage that trains in this process, one run of it at a time."""
+
+    def run(self, context: Context[TrainResources]) -> ManifestRef:
+        """Train, score, and seal; the context hears every event, and another run of the same stage is waited for."""
+        from prompt_diffusion.engine.distributed import join_world
+        from prompt_diffusion.engine.ownership import own_stage
+
+        with (
+            join_world("cpu", context.resources.threads_per_process, is_alone=True) as world,
+            own_stage(self.identity.uri(context.store), world) as check_owner,
+        ):
+            sealed = find_sealed(self.identity, context.store)  # another run may have ended it while this one waited
+            return sealed or self._make(context, world, check_owner)
+
+    @abstractmethod
+    def _make(self, context: Context[TrainResources], world: "World", check_owner: Callable[[], None]) -> ManifestRef:
+        """Train, score, and seal; ``check_owner`` raises where another run has taken over."""
+
+
+@dataclass(frozen=True)
+class PretrainAutoencoder(_OwnedTraining):
     """The stage: ``vae/`` (diffusers' layout, float32) and ``scores.json`` (PSNR and RMSE of each kind of picture).
 
     It is trained on the train split, in this process, resumes from checkpoints, and is scored on the validation split.
@@ -64,18 +86,6 @@ class PretrainAutoencoder(Stage[TrainResources]):
             config=self.config.list_autoencoder_fields(),
             inputs=list_picture_inputs(self.dataset, self.config.vae_shares),
         )
-
-    def run(self, context: Context[TrainResources]) -> ManifestRef:
-        """Train, score, and seal; the context hears every event, and another run of the same stage is waited for."""
-        from prompt_diffusion.engine.distributed import join_world
-        from prompt_diffusion.engine.ownership import own_stage
-
-        with (
-            join_world("cpu", context.resources.threads_per_process, is_alone=True) as world,
-            own_stage(self.identity.uri(context.store), world) as check_owner,
-        ):
-            sealed = find_sealed(self.identity, context.store)  # another run may have ended it while this one waited
-            return sealed or self._make(context, world, check_owner)
 
     def _make(self, context: Context[TrainResources], world: "World", check_owner: Callable[[], None]) -> ManifestRef:
         from prompt_diffusion.pretraining.objectives import Pictures
@@ -112,7 +122,7 @@ class PretrainAutoencoder(Stage[TrainResources]):
 
 
 @dataclass(frozen=True)
-class Pretrain(Stage[TrainResources]):
+class Pretrain(_OwnedTraining):
     """The stage: a base in ``base/`` (diffusers' layout, float16, with a model card) around a sealed autoencoder.
 
     UNet and text encoder are trained on the train split, in this process, resume from checkpoints, and are scored on the
@@ -142,18 +152,6 @@ class Pretrain(Stage[TrainResources]):
     def checkpoints(self, store: str) -> str:
         """Return the URI of the checkpoint folder."""
         return join_uri(self.identity.uri(store), "checkpoints")
-
-    def run(self, context: Context[TrainResources]) -> ManifestRef:
-        """Train, score, and seal; the context hears every event, and another run of the same stage is waited for."""
-        from prompt_diffusion.engine.distributed import join_world
-        from prompt_diffusion.engine.ownership import own_stage
-
-        with (
-            join_world("cpu", context.resources.threads_per_process, is_alone=True) as world,
-            own_stage(self.identity.uri(context.store), world) as check_owner,
-        ):
-            sealed = find_sealed(self.identity, context.store)  # another run may have ended it while this one waited
-            return sealed or self._make(context, world, check_owner)
 
     def _make(self, context: Context[TrainResources], world: "World", check_owner: Callable[[], None]) -> ManifestRef:
         from prompt_diffusion.pretraining.score import compute_denoising_loss

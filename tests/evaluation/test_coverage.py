@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from prompt_diffusion.data.dataset import Dataset, InContextData
+from prompt_diffusion.data.families import encode_colors
 from prompt_diffusion.data.held_out import BACKGROUND
-from prompt_diffusion.data.target_functions import encode_colors
 from prompt_diffusion.evaluation.coverage import choose_covering_rows, find_class_colors, find_distractions
 from prompt_diffusion.evaluation.generate import open_data
 

@@ -32,17 +32,11 @@ from prompt_diffusion.store.lease import Lease, LeaseLostError
 from prompt_diffusion.store.manifest import open_manifest
 from prompt_diffusion.store.records import ShardProgress
 from prompt_diffusion.store.stage import Context, obtain
+from tests.sharing import TINY_BASE
 
 RESOURCES = TrainResources(loader_threads=1, validate_every_steps=2, log_every_steps=1)
 TINY = PretrainConfig(
-    image_size=32,
-    vae_channels=(8, 8, 8),
-    unet_channels=(16, 16),
-    attention_heads=2,
-    norm_groups=4,
-    text_channels=16,
-    text_layers=1,
-    vocabulary_size=80,
+    **TINY_BASE,
     vae_shares={"image": 0.4, "depth": 0.2, "seg_palette": 0.2, "hed_style": 0.2},
     unet_shares={"image": 0.3, "image_mirrored": 0.3, "depth": 0.2, "seg_palette": 0.2},
     vae_batch_size=4,

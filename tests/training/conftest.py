@@ -2,8 +2,11 @@
 
 import pytest
 
+from prompt_diffusion.data.shard_cache import ShardCache
 from prompt_diffusion.engine.config import NoiseConfig, OptimizerConfig
+from prompt_diffusion.model.base import load_base
 from prompt_diffusion.training.config import DropoutConfig, SamplingConfig, TrainConfig
+from prompt_diffusion.training.rows import open_training_data
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +23,21 @@ def tiny_config(tiny_base):
         batch_size=6,
         num_steps=10,
     )
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base):
+    """Return the tiny base, loaded."""
+    return load_base(tiny_base)
+
+
+@pytest.fixture(scope="module")
+def data(train_inputs, tiny_config, tmp_path_factory):
+    """Open the data of the tiny recipe's vision tasks."""
+    return open_training_data(tiny_config, train_inputs, ShardCache(tmp_path_factory.mktemp("cache")), "train")
+
+
+@pytest.fixture(scope="module")
+def fixed_texts(base):
+    """Encode the texts that vision tasks have of their own."""
+    return {text: base.encode_text([text])[0].numpy() for text in ("", "depth map", "hed map", "segmentation map")}

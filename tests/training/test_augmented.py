@@ -9,7 +9,6 @@ import torch
 from prompt_diffusion.data.augmentation import draw_augmentation
 from prompt_diffusion.data.shard_cache import ShardCache
 from prompt_diffusion.engine.noise import draw_timestep, sample_noise
-from prompt_diffusion.model.base import load_base
 from prompt_diffusion.training.config import TrainConfig
 from prompt_diffusion.training.encode import encode_posterior
 from prompt_diffusion.training.loss import InContextObjective
@@ -23,23 +22,8 @@ SHARES = {"classes": 0.2, "region_mixture": 0.2, "photo_colors": 0.1}
 
 
 @pytest.fixture(scope="module")
-def base(tiny_base):
-    return load_base(tiny_base)
-
-
-@pytest.fixture(scope="module")
-def data(train_inputs, tiny_config, tmp_path_factory):
-    return open_training_data(tiny_config, train_inputs, ShardCache(tmp_path_factory.mktemp("cache")), "train")
-
-
-@pytest.fixture(scope="module")
 def config(tiny_config):
     return TrainConfig.model_validate(tiny_config.model_dump() | {"augmentation": SHARES})
-
-
-@pytest.fixture(scope="module")
-def fixed_texts(base):
-    return {text: base.encode_text([text])[0].numpy() for text in ("", "depth map", "hed map", "segmentation map")}
 
 
 def make(config, data, fixed_texts, *pieces):

@@ -20,7 +20,6 @@ from prompt_diffusion.data.shard_cache import ShardCache
 from prompt_diffusion.data.sources.scenes import ScenesConfig
 from prompt_diffusion.data.transforms import decode_image, to_model_range
 from prompt_diffusion.engine.noise import draw_timestep, sample_noise
-from prompt_diffusion.model.base import load_base
 from prompt_diffusion.store.manifest import DamagedDataError, open_manifest
 from prompt_diffusion.store.stage import Context, obtain
 from prompt_diffusion.training.encode import (
@@ -36,21 +35,6 @@ from prompt_diffusion.training.samples import BatchMaker, InContextBatch, draw_s
 from prompt_diffusion.training.train import build_controlnet
 
 NUM_SHARDS = 8
-
-
-@pytest.fixture(scope="module")
-def base(tiny_base):
-    return load_base(tiny_base)
-
-
-@pytest.fixture(scope="module")
-def data(train_inputs, tiny_config, tmp_path_factory):
-    return open_training_data(tiny_config, train_inputs, ShardCache(tmp_path_factory.mktemp("cache")), "train")
-
-
-@pytest.fixture(scope="module")
-def fixed_texts(base):
-    return {text: base.encode_text([text])[0].numpy() for text in ("", "depth map", "hed map", "segmentation map")}
 
 
 @pytest.fixture(scope="module")
